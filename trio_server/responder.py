@@ -1,0 +1,36 @@
+"""The reply: fixed HTTP bytes, after a pause that stands in for work."""
+
+import trio
+
+DELAY = 4.0
+"""Seconds of simulated work for each request: long enough to see that clients overlap."""
+
+BODY = b"Hello World!"
+
+# RFC 9112: a status line, header fields, an empty line, the body; lines end in CR LF.
+# `Content-Length` tells the client where the body ends. `Connection: close` tells it that
+# this server answers once per connection.
+REPLY = (
+    b"HTTP/1.1 200 OK\r\n"
+    b"Content-Type: text/plain; charset=utf-8\r\n"
+    b"Content-Length: %d\r\n"
+    b"Connection: close\r\n"
+    b"\r\n"
+    b"%b"
+) % (len(BODY), BODY)
+
+
+async def hello_world(request: bytes, *, delay: float = DELAY) -> bytes:  # noqa: ARG001 - any bytes will do
+    """Answer any request with ``Hello World!`` after ``delay`` seconds.
+
+    Args:
+        request: What the client sent. It is not looked at: a line typed into netcat gets
+            the same reply as an HTTP request.
+        delay: How long to sleep, in seconds, 0 or more. While this task sleeps, the other
+            tasks run; `time.sleep` would stop them all.
+
+    Returns:
+        A complete HTTP/1.1 response.
+    """
+    await trio.sleep(delay)
+    return REPLY
