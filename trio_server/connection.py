@@ -1,0 +1,187 @@
+"""The life of one connection: receive a request, respond, send the reply, close in stages."""
+
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from enum import Enum
+
+import trio
+
+Responder = Callable[[bytes], Awaitable[bytes]]
+"""The work of a server: an async function that takes the request bytes and returns the
+reply bytes. It may raise: the exception is logged and ends that one connection."""
+
+REQUEST_SIZE = 1024
+"""Bytes of a request that are read, at most. Anything after them is discarded."""
+
+CLIENT_TIMEOUT = 30.0
+"""Seconds to wait for a client whenever something depends on it. Slow networks need a few
+seconds; a client that is gone without a trace should not be remembered for minutes."""
+
+CLOSING_TIME = 1.0
+"""Seconds that a connection with nothing in flight gets once the server shuts down: time
+for a request that is on its way, too short for an idle client to hold the server up."""
+
+logger = logging.getLogger("trio_server")
+
+
+class Outcome(Enum):
+    """What came of a connection."""
+
+    ANSWERED = "answered"
+    """The reply was sent, whole."""
+    SENT_NOTHING = "sent nothing"
+    """The client closed, or the server was stopped, before the first byte of a request."""
+    WENT_AWAY = "went away"
+    """The client broke the connection off before it had its reply."""
+    TIMED_OUT = "timed out"
+    """The client kept the server waiting for too long."""
+    CUT_OFF = "cut off"
+    """The server was stopped before the request was answered."""
+    FAILED = "failed"
+    """The responder raised an exception, or returned something other than bytes."""
+
+
+class Connection:
+    """One client, from its first byte to the closed stream.
+
+    Works on any Trio stream that can be closed in one direction: a TCP connection as well
+    as one end of `trio.testing.memory_stream_pair`.
+
+    Args:
+        stream: The connection. `serve` closes it, whatever happens.
+        respond: Turns the request into the reply.
+        client_timeout: Seconds to wait for the client, each time something depends on it:
+            its first bytes, taking the reply, closing. Responding has no time limit.
+        peer: Who the client is, for the log.
+
+    Attributes:
+        outcome: What came of the connection; until it has ended, what would come of it if
+            it ended now.
+        bytes_in: Bytes received, those discarded after the request included.
+        bytes_out: Bytes of the reply, once all of it was sent; 0 until then.
+    """
+
+    # Without a `__dict__`, 10,000 connections take a megabyte less.
+    __slots__ = (
+        "_patience",
+        "_respond",
+        "_scope",
+        "_stream",
+        "bytes_in",
+        "bytes_out",
+        "outcome",
+        "peer",
+    )
+
+    def __init__(
+        self,
+        stream: trio.abc.HalfCloseableStream,
+        respond: Responder,
+        *,
+        client_timeout: float = CLIENT_TIMEOUT,
+        peer: str = "client",
+    ) -> None:
+        self._stream = stream
+        self._respond = respond
+        self._patience = client_timeout
+        # A cancel scope ends the code inside it when its deadline passes. One scope serves
+        # all the time-outs of the connection: each stage moves the deadline.
+        self._scope = trio.CancelScope()
+        self.peer = peer
+        self.outcome = Outcome.SENT_NOTHING
+        self.bytes_in = 0
+        self.bytes_out = 0
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a request was received that still waits for its reply."""
+        return self.outcome is Outcome.CUT_OFF
+
+    async def serve(self) -> Outcome:
+        """Serve the client, close the stream, log one line at INFO.
+
+        Returns:
+            What came of it. Nothing that the client does, and no `Exception` from the
+            responder, leaves this method.
+
+        Raises:
+            trio.Cancelled: When cancelled from outside. `outcome` then tells whether a
+                request was cut off, and the stream is closed all the same.
+        """
+        started = trio.current_time()
+        try:
+            with self._scope:
+                async with self._stream:
+                    await self._exchange()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._end_unanswered(Outcome.WENT_AWAY)
+        finally:
+            if self._scope.cancelled_caught:
+                self._end_unanswered(Outcome.TIMED_OUT)
+            logger.info(
+                "%s %s: %d bytes in, %d bytes out, %.3f s",
+                self.peer,
+                self.outcome.value,
+                self.bytes_in,
+                self.bytes_out,
+                trio.current_time() - started,
+            )
+        return self.outcome
+
+    def hurry(self) -> None:
+        """Shorten every wait on the client to `CLOSING_TIME`, as the server is shutting down.
+
+        A request in flight keeps its time: only the wait for the client to close, after the
+        reply, gets shorter.
+        """
+        self._patience = min(self._patience, CLOSING_TIME)
+        if not self.in_flight:
+            self._scope.deadline = min(self._scope.deadline, trio.current_time() + self._patience)
+
+    async def _exchange(self) -> None:
+        self._wait_for_client()
+        # In-memory streams deliver a bytearray.
+        request = bytes(await self._stream.receive_some(REQUEST_SIZE))
+        if not request:
+            return
+
+        self.bytes_in = len(request)
+        self.outcome = Outcome.CUT_OFF
+        logger.debug("%s sent %d bytes, responding", self.peer, len(request))
+        # What the responder does is the server's own time, not the client's.
+        self._scope.deadline = math.inf
+        reply = None
+        try:
+            # The view makes a reply that is not bytes fail here, as the responder's failure.
+            reply = memoryview(await self._respond(request))
+        except* Exception:
+            # `except*`, because a responder with a nursery of its own can be cancelled and
+            # fail at the same time: the failure stays here, the cancellation goes on.
+            self.outcome = Outcome.FAILED
+            logger.exception("%s: the responder failed", self.peer)
+
+        self._wait_for_client()
+        if reply is None:
+            return
+        await self._stream.send_all(reply)
+        self.bytes_out = reply.nbytes
+        self.outcome = Outcome.ANSWERED
+        logger.debug("%s was sent %d bytes, closing", self.peer, self.bytes_out)
+
+        # Closing in stages (RFC 9112, section 9.6). A socket closed with unread input in it
+        # makes the kernel send a reset, and the reset can overtake the reply and destroy it.
+        # So: say that nothing more will come, read what the client still sends, then close.
+        self._wait_for_client()
+        await self._stream.send_eof()
+        while surplus := await self._stream.receive_some():
+            self.bytes_in += len(surplus)
+
+    def _wait_for_client(self) -> None:
+        """From here on the client has to act, within its time-out."""
+        self._scope.deadline = trio.current_time() + self._patience
+
+    def _end_unanswered(self, outcome: Outcome) -> None:
+        """Settle the outcome, unless the reply or the failure has settled it already."""
+        if self.outcome not in (Outcome.ANSWERED, Outcome.FAILED):
+            self.outcome = outcome
