@@ -1,0 +1,34 @@
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from process import Process
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Start the command with options; whatever is left of it when the test ends is killed."""
+    processes = []
+
+    def start_process(*options: str, **settings: Any) -> Process:
+        processes.append(Process(tmp_path, options, **settings))
+        return processes[-1]
+
+    yield start_process
+    for process in processes:
+        if process.popen.poll() is None:
+            process.stop(signal.SIGKILL)
+
+
+@pytest.fixture
+def serve(start: Callable[..., Process]) -> Callable[..., Process]:
+    """Start the command on a free port of 127.0.0.1, and wait until it accepts."""
+
+    def serve_process(*options: str, **settings: Any) -> Process:
+        process = start("--host", "127.0.0.1", "--port", "0", *options, **settings)
+        process.wait_for_banner()
+        return process
+
+    return serve_process

@@ -1,0 +1,95 @@
+"""The command as a real process, for the tests that start it."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BANNER = "Waiting for connection to be established"
+
+
+class Process:
+    """`python -m trio_server`, with its two outputs in files so that it never waits for us."""
+
+    def __init__(
+        self, folder: Path, options: Sequence[str], *, prefix: Sequence[str] = (), **settings: Any
+    ) -> None:
+        self._stdout = folder / f"stdout-{time.monotonic_ns()}"
+        self._stderr = folder / f"stderr-{time.monotonic_ns()}"
+        with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
+            self.popen: subprocess.Popen[bytes] = subprocess.Popen(
+                [*prefix, sys.executable, "-m", "trio_server", *options],
+                **{"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr, **settings},
+            )
+
+    @property
+    def stdout(self) -> str:
+        return self._stdout.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text()
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Where the log says that it listens."""
+        found = re.findall(r"listening on \[?([^]\s]+?)\]?:(\d+)\n", self.stderr)
+        return [(host, int(port)) for host, port in found]
+
+    @property
+    def port(self) -> int:
+        return self.addresses[0][1]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def wait_for_banner(self) -> None:
+        self.wait_until(lambda: self.stdout != "")
+        assert self.stdout == f"{BANNER}\n"
+
+    def wait_for_log(self, text: str) -> None:
+        self.wait_until(lambda: text in self.stderr)
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 10) -> None:
+        give_up = time.monotonic() + seconds
+        while not condition():
+            assert self.popen.poll() is None, f"it ended: {self.stderr}"
+            assert time.monotonic() < give_up, f"it took too long: {self.stderr}"
+            time.sleep(0.01)
+
+    def kill(self, signum: int) -> None:
+        os.kill(self.popen.pid, signum)
+
+    def wait(self, seconds: float = 10) -> int:
+        """Wait for its end; return its exit status."""
+        return self.popen.wait(seconds)
+
+    def stop(self, signum: int = signal.SIGTERM, seconds: float = 10) -> int:
+        self.kill(signum)
+        return self.wait(seconds)
+
+
+def receive_all(client: socket.socket) -> bytes:
+    """Read to the end of file."""
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def tool(name: str) -> str:
+    """Find a program that a test needs; without it the test is skipped, and fails in CI."""
+    path = shutil.which(name)
+    if path is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"no {name} here")
+    return path

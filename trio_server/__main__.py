@@ -1,0 +1,209 @@
+"""The command: arguments, logging, signals, exit status.
+
+All that concerns the process as a whole is here, and only here.
+"""
+
+import signal
+
+# The first thing that happens, so that no Ctrl-C finds the program half started: from here
+# on the signals wait in the kernel until `run` is ready for them.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+import argparse
+import errno
+import logging
+import math
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+from functools import partial
+
+import trio
+
+import trio_server
+from trio_server.connection import CLIENT_TIMEOUT, Outcome
+from trio_server.responder import DELAY, hello_world
+from trio_server.server import GRACE_PERIOD, Server, format_address
+
+PORT = 1729
+"""The port of the command: the smallest number that is a sum of two cubes in two ways."""
+
+HIGHEST_PORT = 65535  # a port is 16 bits (RFC 9293, section 3.1)
+
+BANNER = "Waiting for connection to be established"
+
+logger = logging.getLogger("trio_server")
+
+
+def main() -> int:
+    """Run the command with the arguments of the process; return its exit status."""
+    options = parse_arguments()
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", level=options.log_level.upper()
+    )
+    return trio.run(run, options)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; end the process with status 2 on wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="trio-server",
+        description="Answer every TCP connection with an HTTP 200 and `Hello World!`, "
+        "each in a task of its own, after a pause that stands in for work.",
+        epilog="example: trio-server --host '' --port 8080 --delay 0.5",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    option = parser.add_argument
+    option(
+        "--host",
+        default="localhost",
+        help="interface to listen on; an empty string is all interfaces",
+    )
+    option("--port", type=port, default=PORT, help="port to listen on; 0 lets the kernel pick")
+    option(
+        "--delay",
+        type=seconds,
+        default=DELAY,
+        metavar="SECONDS",
+        help="simulated work for each request",
+    )
+    option(
+        "--client-timeout",
+        type=some_seconds,
+        default=CLIENT_TIMEOUT,
+        metavar="SECONDS",
+        help="how long to wait for a client: for its first bytes, while it takes the reply, "
+        "until it closes",
+    )
+    option(
+        "--grace-period",
+        type=seconds,
+        default=GRACE_PERIOD,
+        metavar="SECONDS",
+        help="how long requests in flight may take after the first SIGINT or SIGTERM",
+    )
+    option(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="what to log on stderr, at least",
+    )
+    option("--version", action="version", version=f"%(prog)s {trio_server.__version__}")
+    return parser.parse_args()
+
+
+def port(text: str) -> int:
+    """Parse a port number."""
+    if not (text.isdecimal() and int(text) <= HIGHEST_PORT):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {HIGHEST_PORT}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Parse a length of time."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
+    return value
+
+
+def some_seconds(text: str) -> float:
+    """Parse a length of time that is not 0."""
+    value = seconds(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("has to be more than 0 seconds")
+    return value
+
+
+async def run(options: argparse.Namespace) -> int:
+    """Serve until a signal ends it.
+
+    Returns:
+        0 when every request was answered, 1 when some were cut off or the server could not
+        start.
+    """
+    server = Server(
+        partial(hello_world, delay=options.delay), client_timeout=options.client_timeout
+    )
+    with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        async with trio.open_nursery() as watchers:
+            watchers.start_soon(shut_down_on_signals, signals, server, options.grace_period)
+            started = await serve(server, options)
+            watchers.cancel_scope.cancel()
+        # A signal that comes now has nothing left to stop.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    if not started:
+        return 1
+    totals = (f"{server.outcomes[outcome]} {outcome.value}" for outcome in Outcome)
+    logger.info("stopped: %s", ", ".join(totals))
+    return 1 if server.outcomes[Outcome.CUT_OFF] else 0
+
+
+async def serve(server: Server, options: argparse.Namespace) -> bool:
+    """Serve until the server is shut down; return whether it could start."""
+    async with trio.open_nursery() as nursery:
+        try:
+            listeners = await nursery.start(server.serve_tcp, options.port, options.host)
+        except OSError as error:
+            print(f"trio-server: {advice(error, options)}", file=sys.stderr)
+            return False
+        if listeners:
+            announce(listeners)
+    return True
+
+
+def announce(listeners: list[trio.SocketListener]) -> None:
+    """Say on stderr where the server listens, and on stdout that it accepts connections."""
+    for listener in listeners:
+        logger.info("listening on %s", format_address(listener.socket.getsockname()))
+    try:
+        print(BANNER, flush=True)
+    except OSError:
+        # Whoever started the server has stopped reading: no reason to stop serving. What is
+        # left in the buffer has to go somewhere, or writing it fails again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+async def shut_down_on_signals(
+    signals: AsyncIterator[int], server: Server, grace_period: float
+) -> None:
+    """Shut down gracefully on the first signal, at once on the second."""
+    first = signal.Signals(await anext(signals))
+    server.shut_down(grace_period)
+    logger.info(
+        "%s: shutting down, %d in flight may take up to %g s; a second Ctrl-C stops now",
+        first.name,
+        server.in_flight,
+        grace_period,
+    )
+    second = signal.Signals(await anext(signals))
+    server.shut_down(0)
+    logger.info("%s: stopping now", second.name)
+
+
+def advice(error: OSError, options: argparse.Namespace) -> str:
+    """Say in one sentence why the server cannot listen, and what to do about it."""
+    if isinstance(error, socket.gaierror):
+        return f"host {options.host!r} does not resolve ({error.strerror}): check --host"
+    match error.errno:
+        case errno.EADDRINUSE:
+            return (
+                f"port {options.port} is already in use: stop the program that listens on it, "
+                "or choose another port with --port"
+            )
+        case errno.EACCES:
+            return f"port {options.port} needs privileges: choose a port from 1024 on with --port"
+        case errno.EADDRNOTAVAIL:
+            return f"{error.strerror}: choose one of its own with --host"
+    return f"cannot listen on host {options.host!r}, port {options.port}: {error.strerror}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
