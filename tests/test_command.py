@@ -119,7 +119,7 @@ def test_log_level_debug_shows_the_stages(serve: Start) -> None:
     with process.connect() as client:
         client.sendall(b"hi\n")
         assert receive_all(client) == REPLY
-    process.wait_for_log("sent 3 bytes, responding")
+    process.wait_for_log("sent 3 bytes")
     process.wait_for_log(f"was sent {len(REPLY)} bytes, closing")
 
 
@@ -142,9 +142,10 @@ def test_help_shows_defaults_and_an_example(start: Start) -> None:
     for option, default in {
         "--host HOST": "localhost",
         "--port PORT": "1729",
-        "--delay SECONDS": "4.0",
-        "--client-timeout SECONDS": "30.0",
-        "--grace-period SECONDS": "30.0",
+        "--delay SECONDS": "4",
+        "--client-timeout SECONDS": "30",
+        "--grace-period SECONDS": "30",
+        "--max-connections N": "no limit but that of open files",
         "--log-level {debug,info,warning,error}": "info",
     }.items():
         assert re.search(rf"{option}\s[^-]*\(default: {default}\)", process.stdout), option
@@ -158,6 +159,7 @@ def test_help_shows_defaults_and_an_example(start: Start) -> None:
         *(("--delay", value) for value in ("-1", "nan", "inf", "-inf", "abc", "")),
         *(("--client-timeout", value) for value in ("-1", "0", "nan", "inf", "abc")),
         *(("--grace-period", value) for value in ("-1", "nan", "inf", "abc")),
+        *(("--max-connections", value) for value in ("0", "-1", "1.5", "abc")),
         ("--log-level", "loud"),
     ],
 )

@@ -53,10 +53,14 @@ class Trial:
     """A connection being served in the background, and how it ended."""
 
     def __init__(
-        self, nursery: trio.Nursery, stream: trio.abc.HalfCloseableStream, respond: Responder
+        self,
+        nursery: trio.Nursery,
+        stream: trio.abc.HalfCloseableStream,
+        respond: Responder,
+        turns: trio.CapacityLimiter | None = None,
     ) -> None:
         self.stream = stream
-        self.connection = Connection(stream, respond, peer="the client")
+        self.connection = Connection(stream, respond, turns=turns, peer="the client")
         self.scope = trio.CancelScope()
         self.seconds = math.nan
         self.done = trio.Event()
@@ -404,7 +408,127 @@ async def test_one_line_at_info_and_the_stages_at_debug(
     await trial.end()
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert lines == [
-        ("DEBUG", "the client sent 3 bytes, responding"),
+        ("DEBUG", "the client sent 3 bytes"),
         ("DEBUG", f"the client was sent {len(REPLY)} bytes, closing"),
         ("INFO", f"the client answered: 3 bytes in, {len(REPLY)} bytes out, 4.000 s"),
     ]
+
+
+class Line:
+    """Clients that take turns, one at a time."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.nursery = nursery
+        self.turns = trio.CapacityLimiter(1)
+
+    async def join(self, request: bytes = b"hi") -> tuple[trio.abc.HalfCloseableStream, Trial]:
+        client, server = memory_stream_pair()
+        trial = Trial(self.nursery, server, hello_world, self.turns)
+        if request:
+            await client.send_all(request)
+        await wait_all_tasks_blocked()
+        return client, trial
+
+
+async def test_turns_come_in_order_of_arrival(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    line = Line(nursery)
+    members = [await line.join() for _ in range(4)]
+    for place, (client, trial) in enumerate(members, start=1):
+        assert trial.connection.in_flight
+        assert await read_all(client) == REPLY
+        await client.aclose()
+        assert await trial.end() == (Outcome.ANSWERED, place * DELAY)
+
+
+async def test_the_clients_time_starts_with_its_turn(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    line = Line(nursery)
+    _, first = await line.join(b"")
+    _, second = await line.join(b"")
+    client, third = await line.join(b"")
+    assert await first.end() == (Outcome.TIMED_OUT, CLIENT_TIMEOUT)
+    assert await second.end() == (Outcome.TIMED_OUT, 2 * CLIENT_TIMEOUT)
+    await trio.sleep(CLIENT_TIMEOUT - 1)
+    assert await ask(client, b"hi") == REPLY
+    assert await third.end() == (Outcome.ANSWERED, 3 * CLIENT_TIMEOUT - 1 + DELAY)
+    assert line.turns.borrowed_tokens == 0
+
+
+async def test_a_waiting_client_that_goes_away_frees_its_place(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    line = Line(nursery)
+    first_client, first = await line.join()
+    leaving_client, leaving = await line.join(b"")
+    last_client, last = await line.join()
+
+    await trio.sleep(1)
+    await leaving_client.aclose()
+    assert await leaving.end() == (Outcome.SENT_NOTHING, 1)
+    assert await ask(first_client, b"") == REPLY
+    assert await first.end() == (Outcome.ANSWERED, DELAY)
+    assert await ask(last_client, b"") == REPLY
+    assert await last.end() == (Outcome.ANSWERED, 2 * DELAY)
+    assert line.turns.borrowed_tokens == 0
+
+
+async def test_a_waiting_client_that_resets_frees_its_place(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    line = Line(nursery)
+    await line.join()
+    client, server = memory_stream_pair()
+
+    async def reset_after_the_request() -> None:
+        if trial.connection.in_flight:
+            raise trio.BrokenResourceError
+
+    server.receive_stream.receive_some_hook = reset_after_the_request
+    trial = Trial(nursery, server, hello_world, line.turns)
+    await client.send_all(b"hi")
+    assert await trial.end() == (Outcome.WENT_AWAY, 0)
+    assert line.turns.statistics().tasks_waiting == 0
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_waiting_client_that_closes_its_half_keeps_its_place(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    line = Line(nursery)
+    first_client, _ = await line.join()
+    client, trial = await line.join(b"x" * 3000)
+    await client.send_eof()
+    assert await ask(first_client, b"more") == REPLY
+    assert await read_all(client) == REPLY
+    assert await trial.end() == (Outcome.ANSWERED, 2 * DELAY)
+    assert trial.connection.bytes_in == 3000
+
+
+@pytest.mark.parametrize("request_bytes", [b"", b"hi"])
+async def test_cancellation_while_waiting(
+    request_bytes: bytes, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    line = Line(nursery)
+    await line.join()
+    _, trial = await line.join(request_bytes)
+    trial.scope.cancel()
+    outcome = Outcome.CUT_OFF if request_bytes else Outcome.SENT_NOTHING
+    assert await trial.end() == (outcome, 0)
+    assert line.turns.borrowed_tokens == 1
+    nursery.cancel_scope.cancel()
+
+
+async def test_hurry_while_waiting(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    line = Line(nursery)
+    first_client, _ = await line.join()
+    client, waiting = await line.join()
+    _, silent = await line.join(b"")
+    waiting.connection.hurry()
+    silent.connection.hurry()
+    assert await silent.end() == (Outcome.TIMED_OUT, CLOSING_TIME)
+    assert await ask(first_client, b"more") == REPLY
+    assert await ask(client, b"more") == REPLY
+    assert await waiting.end() == (Outcome.ANSWERED, 2 * DELAY)

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import trio
-from trio.testing import open_stream_to_socket_listener
+from trio.testing import MockClock, memory_stream_pair, open_stream_to_socket_listener
 
 from trio_server import Outcome, Server, hello_world
 from trio_server.connection import CLOSING_TIME
@@ -40,7 +40,7 @@ async def start(nursery: trio.Nursery, server: Server) -> trio.SocketListener:
 
 async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(5):
-        while not condition():  # noqa: ASYNC110 - it is the server that changes
+        while not condition():
             await trio.sleep(0.005)
 
 
@@ -185,6 +185,78 @@ async def test_more_than_a_kilobyte_does_not_cost_the_client_its_reply(
     listener = await start(nursery, server)
     for _ in range(8):
         assert await ask(listener, b"x" * 1500) == REPLY
+    server.shut_down()
+
+
+async def test_in_memory_listeners(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    class Listener(trio.abc.Listener[trio.abc.HalfCloseableStream]):
+        """Accepts one client, then none."""
+
+        def __init__(self, stream: trio.abc.HalfCloseableStream) -> None:
+            self.streams = [stream]
+            self.closed = False
+
+        async def accept(self) -> trio.abc.HalfCloseableStream:
+            if not self.streams:
+                await trio.sleep_forever()
+            return self.streams.pop()
+
+        async def aclose(self) -> None:
+            self.closed = True
+
+    client, stream = memory_stream_pair()
+    listener = Listener(stream)
+    server = Server(hello_world)
+    assert await nursery.start(server.serve_listeners, [listener]) == [listener]
+    await client.send_all(b"hi")
+    assert b"".join([chunk async for chunk in client]) == REPLY
+    server.shut_down()
+    await trio.sleep(CLOSING_TIME + 0.1)
+    assert listener.closed
+    assert server.outcomes == {Outcome.ANSWERED: 1}
+
+
+async def test_the_queue_of_a_listener_from_elsewhere_is_left_alone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as shared:
+        server = Server(fast)
+        async with trio.open_nursery() as nursery:
+            own = trio.socket.from_stdlib_socket(shared.dup())
+            await nursery.start(server.serve_listeners, [trio.SocketListener(own)])
+            server.shut_down()
+        # Nobody serves now; the kernel goes on completing connections for the next server.
+        clients = [socket.create_connection(shared.getsockname()) for _ in range(20)]
+        for client in clients:
+            client.sendall(b"hi")
+        server = Server(fast)
+        async with trio.open_nursery() as nursery:
+            own = trio.socket.from_stdlib_socket(shared.dup())
+            await nursery.start(server.serve_listeners, [trio.SocketListener(own)])
+            for client in clients:
+                with client:
+                    stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+                    assert await read_all(stream) == REPLY
+            server.shut_down()
+        assert server.outcomes == {Outcome.ANSWERED: 20}
+
+
+async def test_no_more_than_max_connections_at_once(nursery: trio.Nursery) -> None:
+    running = most = 0
+
+    async def respond(_: bytes) -> bytes:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await trio.sleep(0.02)
+        running -= 1
+        return b"ok"
+
+    server = Server(respond, max_connections=3)
+    listener = await start(nursery, server)
+    async with trio.open_nursery() as clients:
+        for _ in range(12):
+            clients.start_soon(ask, listener)
+    assert most == 3
+    await until(lambda: server.outcomes[Outcome.ANSWERED] == 12)
     server.shut_down()
 
 

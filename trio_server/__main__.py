@@ -11,13 +11,15 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 import argparse
+import contextlib
 import errno
 import logging
 import math
 import os
+import resource
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
 import trio
@@ -32,6 +34,9 @@ PORT = 1729
 
 HIGHEST_PORT = 65535  # a port is 16 bits (RFC 9293, section 3.1)
 
+FIRST_INHERITED = 3
+"""The first descriptor that a process manager passes: those before are the standard streams."""
+
 BANNER = "Waiting for connection to be established"
 
 logger = logging.getLogger("trio_server")
@@ -40,10 +45,9 @@ logger = logging.getLogger("trio_server")
 def main() -> int:
     """Run the command with the arguments of the process; return its exit status."""
     options = parse_arguments()
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", level=options.log_level.upper()
-    )
-    return trio.run(run, options)
+    set_up_logging(options.log_level)
+    raise_file_limit()
+    return trio.run(run, options, inherited_sockets())
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,21 +58,26 @@ def parse_arguments() -> argparse.Namespace:
         "each in a task of its own, after a pause that stands in for work.",
         epilog="example: trio-server --host '' --port 8080 --delay 0.5",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
     option(
         "--host",
         default="localhost",
-        help="interface to listen on; an empty string is all interfaces",
+        help="interface to listen on; a name with several addresses gets a listener on each; "
+        "an empty string is all interfaces (default: %(default)s)",
     )
-    option("--port", type=port, default=PORT, help="port to listen on; 0 lets the kernel pick")
+    option(
+        "--port",
+        type=port,
+        default=PORT,
+        help="port to listen on; 0 lets the kernel pick (default: %(default)s)",
+    )
     option(
         "--delay",
         type=seconds,
         default=DELAY,
         metavar="SECONDS",
-        help="simulated work for each request",
+        help="simulated work for each request (default: %(default)g)",
     )
     option(
         "--client-timeout",
@@ -76,20 +85,28 @@ def parse_arguments() -> argparse.Namespace:
         default=CLIENT_TIMEOUT,
         metavar="SECONDS",
         help="how long to wait for a client: for its first bytes, while it takes the reply, "
-        "until it closes",
+        "until it closes (default: %(default)g)",
     )
     option(
         "--grace-period",
         type=seconds,
         default=GRACE_PERIOD,
         metavar="SECONDS",
-        help="how long requests in flight may take after the first SIGINT or SIGTERM",
+        help="how long requests in flight may take after the first SIGINT or SIGTERM "
+        "(default: %(default)g)",
+    )
+    option(
+        "--max-connections",
+        type=count,
+        metavar="N",
+        help="how many connections are served at once; the others wait their turn "
+        "(default: no limit but that of open files)",
     )
     option(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="info",
-        help="what to log on stderr, at least",
+        help="the least severe of what is logged on stderr (default: %(default)s)",
     )
     option("--version", action="version", version=f"%(prog)s {trio_server.__version__}")
     return parser.parse_args()
@@ -121,7 +138,85 @@ def some_seconds(text: str) -> float:
     return value
 
 
-async def run(options: argparse.Namespace) -> int:
+def count(text: str) -> int:
+    """Parse a number of things."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+    return int(text)
+
+
+def set_up_logging(level: str) -> None:
+    """Log to stderr from a level on."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level.upper())
+    logging.raiseExceptions = False  # A log that cannot be written is no reason for tracebacks.
+    logging.getLogger("trio.serve_listeners").addFilter(OncePerSecond())
+
+
+class OncePerSecond(logging.Filter):
+    """Lets one record a second pass, without its traceback.
+
+    At the limit of open files Trio logs every failed `accept`, ten times a second for each
+    listener.
+    """
+
+    _next = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Decide on a record."""
+        if record.created < self._next:
+            return False
+        self._next = record.created + 1
+        record.exc_info = None
+        return True
+
+
+def raise_file_limit() -> None:
+    """Let the process open as many files as it may: each connection is one.
+
+    The usual soft limit is 1,024, for the sake of programs that call `select(2)`.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS: not as many as it says.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    logger.debug("limit of open files: was %d, is %d", soft, hard)
+
+
+def inherited_sockets() -> list[socket.socket]:
+    """Take over the listening sockets that a process manager passes in (sd_listen_fds(3)).
+
+    Returns:
+        The sockets; none when the environment names none, or is meant for another process.
+        A descriptor that is not a listening TCP socket ends the process with status 1.
+    """
+    pid, number = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS"))
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()):
+        return []
+    if not number.isdecimal():
+        sys.exit(f"trio-server: LISTEN_FDS={number} is not a number: whoever sets it is wrong")
+    return [
+        inherited_socket(descriptor)
+        for descriptor in range(FIRST_INHERITED, FIRST_INHERITED + int(number))
+    ]
+
+
+def inherited_socket(descriptor: int) -> socket.socket:
+    """Take over one descriptor, and keep it from programs that this one starts."""
+    try:
+        os.set_inheritable(descriptor, False)  # noqa: FBT003 - it has no name
+        listener = socket.socket(fileno=descriptor)
+        listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError:
+        listening = False
+    if not (listening and listener.family in (socket.AF_INET, socket.AF_INET6)):
+        sys.exit(
+            f"trio-server: inherited descriptor {descriptor} is not a listening TCP socket: "
+            "pass one, as with ListenStream= in a systemd socket unit"
+        )
+    return listener
+
+
+async def run(options: argparse.Namespace, sockets: list[socket.socket]) -> int:
     """Serve until a signal ends it.
 
     Returns:
@@ -129,13 +224,21 @@ async def run(options: argparse.Namespace) -> int:
         start.
     """
     server = Server(
-        partial(hello_world, delay=options.delay), client_timeout=options.client_timeout
+        partial(hello_world, delay=options.delay),
+        client_timeout=options.client_timeout,
+        max_connections=options.max_connections,
     )
+    if sockets:
+        logger.info("serving on inherited sockets, so --host and --port do not count")
+        listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(s)) for s in sockets]
+        start = partial(server.serve_listeners, listeners)
+    else:
+        start = partial(server.serve_tcp, options.port, options.host)
     with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         async with trio.open_nursery() as watchers:
             watchers.start_soon(shut_down_on_signals, signals, server, options.grace_period)
-            started = await serve(server, options)
+            started = await serve(start, options)
             watchers.cancel_scope.cancel()
         # A signal that comes now has nothing left to stop.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -146,11 +249,11 @@ async def run(options: argparse.Namespace) -> int:
     return 1 if server.outcomes[Outcome.CUT_OFF] else 0
 
 
-async def serve(server: Server, options: argparse.Namespace) -> bool:
+async def serve(start: Callable[..., Awaitable[None]], options: argparse.Namespace) -> bool:
     """Serve until the server is shut down; return whether it could start."""
     async with trio.open_nursery() as nursery:
         try:
-            listeners = await nursery.start(server.serve_tcp, options.port, options.host)
+            listeners = await nursery.start(start)
         except OSError as error:
             print(f"trio-server: {advice(error, options)}", file=sys.stderr)
             return False

@@ -53,6 +53,8 @@ class Connection:
         respond: Turns the request into the reply.
         client_timeout: Seconds to wait for the client, each time something depends on it:
             its first bytes, taking the reply, closing. Responding has no time limit.
+        turns: Limits how many connections are served at once, when they share it. The others
+            wait, in order of arrival; their client's time starts when their turn comes.
         peer: Who the client is, for the log.
 
     Attributes:
@@ -65,9 +67,11 @@ class Connection:
     # Without a `__dict__`, 10,000 connections take a megabyte less.
     __slots__ = (
         "_patience",
+        "_request",
         "_respond",
         "_scope",
         "_stream",
+        "_turns",
         "bytes_in",
         "bytes_out",
         "outcome",
@@ -80,11 +84,14 @@ class Connection:
         respond: Responder,
         *,
         client_timeout: float = CLIENT_TIMEOUT,
+        turns: trio.CapacityLimiter | None = None,
         peer: str = "client",
     ) -> None:
         self._stream = stream
         self._respond = respond
         self._patience = client_timeout
+        self._turns = turns
+        self._request = b""
         # A cancel scope ends the code inside it when its deadline passes. One scope serves
         # all the time-outs of the connection: each stage moves the deadline.
         self._scope = trio.CancelScope()
@@ -113,8 +120,14 @@ class Connection:
         try:
             with self._scope:
                 async with self._stream:
-                    await self._exchange()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    if self._turns is None:
+                        await self._exchange()
+                    elif await self._take_turn(self._turns):
+                        try:
+                            await self._exchange()
+                        finally:
+                            self._turns.release()
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
             self._end_unanswered(Outcome.WENT_AWAY)
         finally:
             if self._scope.cancelled_caught:
@@ -139,22 +152,47 @@ class Connection:
         if not self.in_flight:
             self._scope.deadline = min(self._scope.deadline, trio.current_time() + self._patience)
 
-    async def _exchange(self) -> None:
-        self._wait_for_client()
+    async def _take_turn(self, turns: trio.CapacityLimiter) -> bool:
+        """Wait in line; return False if the client left it."""
+        taken = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_line, nursery.cancel_scope)
+            await turns.acquire()
+            taken = True
+            nursery.cancel_scope.cancel()
+        return taken
+
+    async def _watch_line(self, line: trio.CancelScope) -> None:
+        """Read the request while waiting, for that is how one learns that a client has gone."""
+        await self._receive()
+        if not self._request:
+            line.cancel()
+        else:
+            # A reset is an error here, and ends the wait. An end of file is no reason to:
+            # a client may close its half after the request, as `nc -N` does.
+            self.bytes_in += len(await self._stream.receive_some())
+
+    async def _receive(self) -> None:
         # In-memory streams deliver a bytearray.
-        request = bytes(await self._stream.receive_some(REQUEST_SIZE))
-        if not request:
+        self._request = bytes(await self._stream.receive_some(REQUEST_SIZE))
+        if self._request:
+            self.bytes_in = len(self._request)
+            self.outcome = Outcome.CUT_OFF
+            logger.debug("%s sent %d bytes", self.peer, self.bytes_in)
+            # From here to the reply it is the server's time that passes, not the client's.
+            self._scope.deadline = math.inf
+
+    async def _exchange(self) -> None:
+        if not self._request:
+            self._wait_for_client()
+            await self._receive()
+        if not self._request:
             return
 
-        self.bytes_in = len(request)
-        self.outcome = Outcome.CUT_OFF
-        logger.debug("%s sent %d bytes, responding", self.peer, len(request))
-        # What the responder does is the server's own time, not the client's.
-        self._scope.deadline = math.inf
         reply = None
         try:
             # The view makes a reply that is not bytes fail here, as the responder's failure.
-            reply = memoryview(await self._respond(request))
+            reply = memoryview(await self._respond(self._request))
         except* Exception:
             # `except*`, because a responder with a nursery of its own can be cancelled and
             # fail at the same time: the failure stays here, the cancellation goes on.

@@ -2,7 +2,9 @@
 
 import errno
 import logging
+import select
 from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,9 @@ from trio_server.connection import CLIENT_TIMEOUT, Connection, Outcome, Responde
 GRACE_PERIOD = 30.0
 """Seconds that requests in flight may take, once a shutdown has begun: what the common
 process managers wait before they kill (Docker 10, Kubernetes 30, systemd 90)."""
+
+LAST_LOOK_INTERVAL = 0.01
+"""Seconds between two looks at the listen queues while a shutdown waits for them to empty."""
 
 UNAVAILABLE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """What binding says of an address that this machine does not have. A host name may stand
@@ -29,16 +34,27 @@ class Server:
     Args:
         respond: Turns the request of a connection into its reply.
         client_timeout: Seconds to wait for a client, each time something depends on it.
+        max_connections: How many connections are served at once. The others wait their turn,
+            in order of arrival. None is no limit.
 
     Attributes:
         outcomes: How many connections have ended, by what came of them.
     """
 
-    def __init__(self, respond: Responder, *, client_timeout: float = CLIENT_TIMEOUT) -> None:
+    def __init__(
+        self,
+        respond: Responder,
+        *,
+        client_timeout: float = CLIENT_TIMEOUT,
+        max_connections: int | None = None,
+    ) -> None:
         self.outcomes: Counter[Outcome] = Counter()
         self._respond = respond
         self._client_timeout = client_timeout
-        self._listeners: list[trio.SocketListener] = []
+        self._turns = trio.CapacityLimiter(max_connections) if max_connections else None
+        self._started = False
+        # Those whose queue is ours alone. That of a listener from elsewhere may be shared.
+        self._own_listeners: list[trio.SocketListener] = []
         self._connections: set[Connection] = set()
         self._shutdown = trio.Event()
         # Wraps the whole server. It has no deadline until the shutdown begins.
@@ -72,24 +88,25 @@ class Server:
                 needs privileges (``EACCES``), this machine has none of the addresses
                 (``EADDRNOTAVAIL``), or the name does not resolve (`socket.gaierror`).
         """
-        failure: OSError | None = None
-        with self._grace:
-            # Two nurseries, because accepting ends before the connections do: leaving the
-            # inner one stops the listeners, leaving the outer one waits for the last client.
-            async with trio.open_nursery() as connections, trio.open_nursery() as acceptors:
-                try:
-                    self._listeners = await self._listen(port, host, acceptors, connections)
-                except OSError as error:
-                    # Kept until the nurseries are gone: they would wrap it in groups.
-                    failure = error
-                else:
-                    task_status.started(self._listeners)
-                    await self._shutdown.wait()
-                acceptors.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
-        if not self._listeners:
-            task_status.started([])
+        await self._serve(partial(self._listen, port, host), task_status)
+
+    async def serve_listeners(
+        self,
+        listeners: Sequence[trio.abc.Listener[trio.abc.HalfCloseableStream]],
+        *,
+        task_status: trio.TaskStatus[
+            Sequence[trio.abc.Listener[trio.abc.HalfCloseableStream]]
+        ] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve on listeners that are already open, until shut down or cancelled.
+
+        Args:
+            listeners: Sockets that a process manager holds, for example, or in-memory ones.
+                They are closed in the end. What waits in the queue of a socket is left there,
+                for the next process that accepts from it.
+            task_status: `nursery.start` returns the listeners.
+        """
+        await self._serve(partial(self._take_over, listeners), task_status)
 
     def shut_down(self, grace_period: float = GRACE_PERIOD) -> None:
         """Stop accepting, let the requests in flight finish, then stop. Returns at once.
@@ -100,18 +117,46 @@ class Server:
         Args:
             grace_period: Seconds from now until whatever is left is cut off; 0 stops now.
         """
-        if not self._listeners:
+        if not self._started:
             self._grace.cancel()
         self._grace.deadline = min(self._grace.deadline, trio.current_time() + grace_period)
         self._shutdown.set()
         for connection in self._connections:
             connection.hurry()
 
+    async def _serve(
+        self,
+        start: Callable[[trio.Nursery, trio.Nursery], Awaitable[Any]],
+        task_status: trio.TaskStatus[Any],
+    ) -> None:
+        failure: OSError | None = None
+        with self._grace:
+            # Two nurseries, because accepting ends before the connections do: leaving the
+            # inner one stops the listeners, leaving the outer one waits for the last client.
+            async with trio.open_nursery() as connections, trio.open_nursery() as acceptors:
+                try:
+                    listeners = await start(acceptors, connections)
+                except OSError as error:
+                    # Kept until the nurseries are gone: they would wrap it in groups.
+                    failure = error
+                else:
+                    self._started = True
+                    task_status.started(listeners)
+                    await self._shutdown.wait()
+                    await self._last_call()
+                # No `await` between the last look at the queues and their end.
+                acceptors.cancel_scope.cancel()
+                for listener in self._own_listeners:
+                    listener.socket.close()
+        if failure is not None:
+            raise failure
+        if not self._started:
+            task_status.started([])
+
     async def _listen(
         self, port: int, host: str, acceptors: trio.Nursery, connections: trio.Nursery
     ) -> list[trio.SocketListener]:
         """Start `trio.serve_tcp` on each address of the host, in the nursery ``acceptors``."""
-        listeners: list[trio.SocketListener] = []
         unavailable = []
         for address in await _addresses(host, port):
             # One call for each address, as a single call for all gives up on the first one
@@ -120,21 +165,38 @@ class Server:
                 trio.serve_tcp, self._handle, port, host=address, handler_nursery=connections
             )
             try:
-                listeners += await acceptors.start(serve)
+                self._own_listeners += await acceptors.start(serve)
             except OSError as error:
                 if error.errno not in UNAVAILABLE:
                     raise
                 unavailable.append((address, error.strerror))
-        if not listeners:
+        if not self._own_listeners:
             raise OSError(errno.EADDRNOTAVAIL, f"this machine has no address of {host!r}")
         for address, reason in unavailable:
             logger.warning("not listening on %s: %s", address, reason)
+        return self._own_listeners
+
+    async def _take_over(
+        self,
+        listeners: Sequence[trio.abc.Listener[trio.abc.HalfCloseableStream]],
+        acceptors: trio.Nursery,
+        connections: trio.Nursery,
+    ) -> Sequence[trio.abc.Listener[trio.abc.HalfCloseableStream]]:
+        """Start `trio.serve_listeners`, in the nursery ``acceptors``."""
+        serve = partial(
+            trio.serve_listeners, self._handle, list(listeners), handler_nursery=connections
+        )
+        await acceptors.start(serve)
         return listeners
 
-    async def _handle(self, stream: trio.SocketStream) -> None:
+    async def _handle(self, stream: trio.abc.HalfCloseableStream) -> None:
         """Serve one connection, in a task of its own."""
         connection = Connection(
-            stream, self._respond, client_timeout=self._client_timeout, peer=_peer(stream)
+            stream,
+            self._respond,
+            client_timeout=self._client_timeout,
+            turns=self._turns,
+            peer=_peer(stream),
         )
         if self._shutdown.is_set():
             connection.hurry()
@@ -144,6 +206,23 @@ class Server:
         finally:
             self._connections.discard(connection)
             self.outcomes[connection.outcome] += 1
+
+    async def _last_call(self) -> None:
+        """Wait until the listen queues are empty, so that closing them resets nobody.
+
+        The kernel completes connections ahead of `accept` and keeps them in a queue. Their
+        clients may have sent their request already; they cannot know that nobody has seen it.
+        """
+        await trio.lowlevel.checkpoint()  # A cancelled server has no listeners to look at.
+        queues = select.poll()
+        for listener in self._own_listeners:
+            # Shrinks the queue (listen(2)). While it is full, Linux answers no newcomer: the
+            # client's kernel tries again, and meets the next server, or a closed port.
+            listener.socket.listen(0)
+            queues.register(listener.socket.fileno(), select.POLLIN)
+        # The accept loops are at work meanwhile.
+        while queues.poll(0):  # noqa: ASYNC110 - the kernel sets no trio.Event
+            await trio.sleep(LAST_LOOK_INTERVAL)
 
 
 async def _addresses(host: str, port: int) -> list[str]:
@@ -170,7 +249,9 @@ def format_address(sockaddr: tuple[str, int]) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _peer(stream: trio.SocketStream) -> str:
+def _peer(stream: trio.abc.HalfCloseableStream) -> str:
+    if not isinstance(stream, trio.SocketStream):
+        return "client"
     try:
         return format_address(stream.socket.getpeername())
     except OSError:  # It went away while it was in the queue.
