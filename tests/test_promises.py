@@ -98,6 +98,17 @@ def test_last_call_answers_500_clients_in_the_listen_queue(serve: Start) -> None
     assert "500 answered, " in process.stderr
 
 
+def test_five_shutdowns_under_load_answer_all_they_let_in(serve: Start) -> None:
+    for _ in range(5):
+        process = serve("--delay", "0.05")
+        with hammering(("127.0.0.1", process.port), clients=50) as results:
+            time.sleep(0.5)
+            assert process.stop() == 0
+        assert results["answered"] > 100
+        refused = [result for result in results if result.startswith("ConnectionRefusedError")]
+        assert set(results) <= {"answered", *refused}
+
+
 def test_ten_restarts_under_load_lose_nothing(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=1000) as listener:
         address = listener.getsockname()

@@ -3,6 +3,7 @@
 import errno
 import logging
 import select
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -15,6 +16,14 @@ from trio_server.connection import CLIENT_TIMEOUT, Connection, Outcome, Responde
 GRACE_PERIOD = 30.0
 """Seconds that requests in flight may take, once a shutdown has begun: what the common
 process managers wait before they kill (Docker 10, Kubernetes 30, systemd 90)."""
+
+MINIMUM_HOPS = {
+    trio.socket.AF_INET: (trio.socket.IPPROTO_IP, 21),
+    trio.socket.AF_INET6: (trio.socket.IPPROTO_IPV6, 73),
+}
+"""Linux's options ``IP_MINTTL`` (ip(7)) and ``IPV6_MINHOPCOUNT``, which Python does not name: a
+socket ignores packets that may cross fewer routers than this number. Nearly all systems send
+with 64 or 128, so 255 makes a listening socket deaf, without touching what is in its queue."""
 
 LAST_LOOK_INTERVAL = 0.01
 """Seconds between two looks at the listen queues while a shutdown waits for them to empty."""
@@ -216,9 +225,11 @@ class Server:
         await trio.lowlevel.checkpoint()  # A cancelled server has no listeners to look at.
         queues = select.poll()
         for listener in self._own_listeners:
-            # Shrinks the queue (listen(2)). While it is full, Linux answers no newcomer: the
-            # client's kernel tries again, and meets the next server, or a closed port.
+            # No newcomers: an unanswered client's kernel tries again after a second, and meets
+            # the next server or a closed port. A short queue lets in few, a deaf socket none.
             listener.socket.listen(0)
+            if sys.platform == "linux":
+                listener.socket.setsockopt(*MINIMUM_HOPS[listener.socket.family], 255)
             queues.register(listener.socket.fileno(), select.POLLIN)
         # The accept loops are at work meanwhile.
         while queues.poll(0):  # noqa: ASYNC110 - the kernel sets no trio.Event
