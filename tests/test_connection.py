@@ -280,6 +280,10 @@ async def returns_nothing(_: bytes) -> bytes:
     return None  # type: ignore[return-value]
 
 
+async def returns_every_other_byte(_: bytes) -> bytes:
+    return memoryview(b"boom")[::2]  # type: ignore[return-value]
+
+
 async def returns_text(_: bytes) -> bytes:
     return "boom"  # type: ignore[return-value]
 
@@ -291,6 +295,7 @@ async def returns_text(_: bytes) -> bytes:
         (raises_a_group, "ValueError: boom"),
         (breaks_a_stream_of_its_own, "BrokenResourceError: boom"),
         (returns_nothing, "TypeError: memoryview: a bytes-like object is required"),
+        (returns_every_other_byte, "TypeError: memoryview: casts are restricted to C-contiguous"),
         (returns_text, "TypeError: memoryview: a bytes-like object is required"),
     ],
 )
@@ -386,6 +391,17 @@ async def test_hurry_shortens_the_wait_but_not_the_work(
     await wait_all_tasks_blocked()
     trial.connection.hurry()
     assert await trial.end() == end
+
+
+async def test_hurry_leaves_the_client_its_time_to_take_the_reply(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    client, server = lockstep_stream_pair()
+    trial = Trial(nursery, server, hello_world)
+    await client.send_all(b"hi")
+    await wait_all_tasks_blocked()
+    trial.connection.hurry()
+    assert await trial.end() == (Outcome.TIMED_OUT, DELAY + CLIENT_TIMEOUT)
 
 
 async def test_hurry_does_not_lengthen_a_wait_that_is_nearly_over(

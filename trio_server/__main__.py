@@ -42,12 +42,24 @@ BANNER = "Waiting for connection to be established"
 logger = logging.getLogger("trio_server")
 
 
-def main() -> int:
-    """Run the command with the arguments of the process; return its exit status."""
+def main() -> int | str:
+    """Run the command with the arguments of the process.
+
+    Returns:
+        What `sys.exit` takes: an exit status, or the sentence that says why the server could
+        not start, for stderr and status 1.
+    """
     options = parse_arguments()
     set_up_logging(options.log_level)
     raise_file_limit()
-    return trio.run(run, options, inherited_sockets())
+    # `run` replaces these handlers for as long as it lasts. A signal that comes when all is
+    # done has nothing left to stop.
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, lambda *_: None)
+    status = trio.run(run, options, inherited_sockets())
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)  # what Python leaves as it is when it ends
+    return status
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -114,7 +126,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def port(text: str) -> int:
     """Parse a port number."""
-    if not (text.isdecimal() and int(text) <= HIGHEST_PORT):
+    if not (text.isascii() and text.isdecimal() and int(text) <= HIGHEST_PORT):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {HIGHEST_PORT}")
     return int(text)
 
@@ -140,7 +152,7 @@ def some_seconds(text: str) -> float:
 
 def count(text: str) -> int:
     """Parse a number of things."""
-    if not (text.isdecimal() and int(text) > 0):
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return int(text)
 
@@ -216,12 +228,10 @@ def inherited_socket(descriptor: int) -> socket.socket:
     return listener
 
 
-async def run(options: argparse.Namespace, sockets: list[socket.socket]) -> int:
-    """Serve until a signal ends it.
+async def run(options: argparse.Namespace, sockets: list[socket.socket]) -> int | str:
+    """Serve until a signal ends it; return what `main` does.
 
-    Returns:
-        0 when every request was answered, 1 when some were cut off or the server could not
-        start.
+    The status is 0 when no request was cut off, and 1 when some were.
     """
     server = Server(
         partial(hello_world, delay=options.delay),
@@ -238,28 +248,25 @@ async def run(options: argparse.Namespace, sockets: list[socket.socket]) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         async with trio.open_nursery() as watchers:
             watchers.start_soon(shut_down_on_signals, signals, server, options.grace_period)
-            started = await serve(start, options)
+            failure = await serve(start)
             watchers.cancel_scope.cancel()
-        # A signal that comes now has nothing left to stop.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    if not started:
-        return 1
+    if failure is not None:
+        return f"trio-server: {advice(failure, options)}"
     totals = (f"{server.outcomes[outcome]} {outcome.value}" for outcome in Outcome)
     logger.info("stopped: %s", ", ".join(totals))
     return 1 if server.outcomes[Outcome.CUT_OFF] else 0
 
 
-async def serve(start: Callable[..., Awaitable[None]], options: argparse.Namespace) -> bool:
-    """Serve until the server is shut down; return whether it could start."""
+async def serve(start: Callable[..., Awaitable[None]]) -> OSError | None:
+    """Serve until the server is shut down; return the reason if it could not start."""
     async with trio.open_nursery() as nursery:
         try:
             listeners = await nursery.start(start)
         except OSError as error:
-            print(f"trio-server: {advice(error, options)}", file=sys.stderr)
-            return False
+            return error
         if listeners:
             announce(listeners)
-    return True
+    return None
 
 
 def announce(listeners: list[trio.SocketListener]) -> None:

@@ -66,7 +66,8 @@ class Connection:
 
     # Without a `__dict__`, 10,000 connections take a megabyte less.
     __slots__ = (
-        "_patience",
+        "_client_timeout",
+        "_idle_timeout",
         "_request",
         "_respond",
         "_scope",
@@ -89,7 +90,8 @@ class Connection:
     ) -> None:
         self._stream = stream
         self._respond = respond
-        self._patience = client_timeout
+        self._client_timeout = client_timeout
+        self._idle_timeout = client_timeout
         self._turns = turns
         self._request = b""
         # A cancel scope ends the code inside it when its deadline passes. One scope serves
@@ -143,14 +145,15 @@ class Connection:
         return self.outcome
 
     def hurry(self) -> None:
-        """Shorten every wait on the client to `CLOSING_TIME`, as the server is shutting down.
+        """Wait for the client no longer than `CLOSING_TIME`, as the server is shutting down.
 
-        A request in flight keeps its time: only the wait for the client to close, after the
-        reply, gets shorter.
+        A request in flight keeps all its time, to be answered and to be taken by the client;
+        only the wait for the client to close gets shorter then.
         """
-        self._patience = min(self._patience, CLOSING_TIME)
+        self._idle_timeout = min(self._idle_timeout, CLOSING_TIME)
         if not self.in_flight:
-            self._scope.deadline = min(self._scope.deadline, trio.current_time() + self._patience)
+            deadline = trio.current_time() + self._idle_timeout
+            self._scope.deadline = min(self._scope.deadline, deadline)
 
     async def _take_turn(self, turns: trio.CapacityLimiter) -> bool:
         """Wait in line; return False if the client left it."""
@@ -192,7 +195,7 @@ class Connection:
         reply = None
         try:
             # The view makes a reply that is not bytes fail here, as the responder's failure.
-            reply = memoryview(await self._respond(self._request))
+            reply = memoryview(await self._respond(self._request)).cast("B")
         except* Exception:
             # `except*`, because a responder with a nursery of its own can be cancelled and
             # fail at the same time: the failure stays here, the cancellation goes on.
@@ -217,7 +220,8 @@ class Connection:
 
     def _wait_for_client(self) -> None:
         """From here on the client has to act, within its time-out."""
-        self._scope.deadline = trio.current_time() + self._patience
+        seconds = self._client_timeout if self.in_flight else self._idle_timeout
+        self._scope.deadline = trio.current_time() + seconds
 
     def _end_unanswered(self, outcome: Outcome) -> None:
         """Settle the outcome, unless the reply or the failure has settled it already."""

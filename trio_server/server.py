@@ -243,7 +243,7 @@ async def _addresses(host: str, port: int) -> list[str]:
             host or None, port, type=trio.socket.SOCK_STREAM, flags=trio.socket.AI_PASSIVE
         )
     except UnicodeError as error:  # Not a name at all: `a..b`, or a label of 64 letters.
-        raise trio.socket.gaierror(trio.socket.EAI_NONAME, str(error)) from error
+        raise trio.socket.gaierror(trio.socket.EAI_NONAME, "not a host name") from error
     # A hosts file may name an address twice, and the second listener would find it taken.
     return list(dict.fromkeys(_numeric(sockaddr) for *_, sockaddr in found))
 
