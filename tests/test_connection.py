@@ -537,6 +537,30 @@ async def test_cancellation_while_waiting(
     nursery.cancel_scope.cancel()
 
 
+async def test_a_turn_that_comes_as_the_client_resets_is_passed_on(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    line = Line(nursery)
+    first_client, first = await line.join()
+    client, server = memory_stream_pair()
+
+    async def reset_as_the_turn_comes() -> None:
+        if trial.connection.in_flight:
+            with trio.CancelScope(shield=True):  # too late to be cancelled
+                await first.done.wait()
+            raise trio.BrokenResourceError
+
+    server.receive_stream.receive_some_hook = reset_as_the_turn_comes
+    trial = Trial(nursery, server, hello_world, line.turns)
+    await client.send_all(b"hi")
+    last_client, last = await line.join()
+    await ask(first_client, b"more")
+    assert (await trial.end())[0] is Outcome.WENT_AWAY
+    assert await ask(last_client, b"more") == REPLY
+    await last.end()
+    assert line.turns.borrowed_tokens == 0
+
+
 async def test_hurry_while_waiting(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     line = Line(nursery)
     first_client, _ = await line.join()

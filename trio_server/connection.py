@@ -124,11 +124,8 @@ class Connection:
                 async with self._stream:
                     if self._turns is None:
                         await self._exchange()
-                    elif await self._take_turn(self._turns):
-                        try:
-                            await self._exchange()
-                        finally:
-                            self._turns.release()
+                    else:
+                        await self._exchange_in_turn(self._turns)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             self._end_unanswered(Outcome.WENT_AWAY)
         finally:
@@ -155,15 +152,20 @@ class Connection:
             deadline = trio.current_time() + self._idle_timeout
             self._scope.deadline = min(self._scope.deadline, deadline)
 
-    async def _take_turn(self, turns: trio.CapacityLimiter) -> bool:
-        """Wait in line; return False if the client left it."""
+    async def _exchange_in_turn(self, turns: trio.CapacityLimiter) -> None:
+        """Wait in line, unless the client leaves it, before the exchange."""
         taken = False
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_line, nursery.cancel_scope)
-            await turns.acquire()
-            taken = True
-            nursery.cancel_scope.cancel()
-        return taken
+        try:
+            async with trio.open_nursery() as line:
+                line.start_soon(self._watch_line, line.cancel_scope)
+                await turns.acquire()
+                taken = True
+                line.cancel_scope.cancel()
+            if taken:
+                await self._exchange()
+        finally:
+            if taken:
+                turns.release()
 
     async def _watch_line(self, line: trio.CancelScope) -> None:
         """Read the request while waiting, for that is how one learns that a client has gone."""
