@@ -12,8 +12,8 @@ from trio.testing import (
     wait_all_tasks_blocked,
 )
 
-from trio_server import Connection, Outcome, Responder, hello_world
-from trio_server.connection import CLIENT_TIMEOUT, CLOSING_TIME, REQUEST_SIZE
+from trio_server import Outcome, Responder, hello_world, serve_connection
+from trio_server.connection import CLIENT_TIMEOUT, CLOSING_TIME, REQUEST_SIZE, Connection
 from trio_server.responder import DELAY, REPLY
 
 # `autojump_clock` jumps to the next deadline when all tasks wait: seconds take no time, and
@@ -69,13 +69,13 @@ class Trial:
     async def _serve(self) -> None:
         before = trio.current_time()
         with self.scope:
-            await self.connection.serve()
+            async with self.stream:
+                await self.connection.serve()
         self.seconds = trio.current_time() - before
         self.done.set()
 
     async def end(self) -> tuple[Outcome, float]:
         await self.done.wait()
-        assert await is_closed(self.stream)
         return self.connection.outcome, self.seconds
 
 
@@ -90,6 +90,25 @@ async def test_reply_comes_after_the_delay_to_the_tick(
     assert trial.connection.bytes_out == len(REPLY)
 
 
+async def test_serve_connection_closes_the_stream_whatever_happens(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    client, server = memory_stream_pair()
+    nursery.start_soon(ask, client, b"hi")
+    assert await serve_connection(server, hello_world) is Outcome.ANSWERED
+    assert await is_closed(server)
+
+    client, server = memory_stream_pair()
+    assert await serve_connection(server, hello_world, client_timeout=1) is Outcome.TIMED_OUT
+    assert await is_closed(server)
+
+    client, server = memory_stream_pair()
+    with trio.move_on_after(1) as scope:
+        await serve_connection(server, hello_world)
+    assert scope.cancelled_caught
+    assert await is_closed(server)
+
+
 async def test_ten_connections_at_once_take_one_delay(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
@@ -98,7 +117,7 @@ async def test_ten_connections_at_once_take_one_delay(
 
     async def one_client() -> None:
         client, server = memory_stream_pair()
-        nursery.start_soon(Connection(server, hello_world).serve)
+        nursery.start_soon(serve_connection, server, hello_world)
         replies.append(await ask(client, b"hi\n"))
 
     async with trio.open_nursery() as clients:

@@ -3,7 +3,7 @@
 Run it with ``python -m trio_server``, or build on it:
 
 * `Server` listens on a port and answers with a `Responder` of your own.
-* `Connection` serves one client on any stream, in memory too; `Outcome` is what came of it.
+* `serve_connection` serves one client on any stream, in memory too; `Outcome` is what came of it.
 * `hello_world` is the responder of the command.
 """
 
@@ -11,21 +11,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trio_server.connection import Connection, Outcome, Responder
+    from trio_server.connection import Outcome, Responder, serve_connection
     from trio_server.responder import hello_world
     from trio_server.server import Server
 
 __version__ = "1.0.0"
 
 _HOMES = {
-    "Connection": "connection",
     "Outcome": "connection",
     "Responder": "connection",
     "Server": "server",
     "hello_world": "responder",
+    "serve_connection": "connection",
 }
 
-__all__ = ["Connection", "Outcome", "Responder", "Server", "hello_world"]
+__all__ = ["Outcome", "Responder", "Server", "hello_world", "serve_connection"]
 
 
 def __getattr__(name: str) -> object:

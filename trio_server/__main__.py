@@ -38,7 +38,7 @@ HIGHEST_PORT = 65535  # a port is 16 bits (RFC 9293, section 3.1)
 FIRST_INHERITED = 3
 """The first descriptor that a process manager passes: those before are the standard streams."""
 
-COLLECTOR_THRESHOLDS = (10_000, 20, 100)
+COLLECTOR_THRESHOLDS = (100_000, 50, 100)
 """Allocations that set off a collection of the young objects, and how many collections of one
 generation set off one of the next (`gc.set_threshold`)."""
 
@@ -167,6 +167,9 @@ def set_up_logging(level: str) -> None:
     """Log to stderr from a level on."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level.upper())
     logging.raiseExceptions = False  # A log that cannot be written is no reason for tracebacks.
+    # What the format does not show need not be found out (logging HOWTO, "Optimization").
+    logging._srcfile = None  # noqa: SLF001
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.getLogger("trio.serve_listeners").addFilter(OncePerSecond())
 
 

@@ -42,17 +42,42 @@ class Outcome(Enum):
     """The responder raised an exception, or returned something other than bytes."""
 
 
-class Connection:
-    """One client, from its first byte to the closed stream.
+async def serve_connection(
+    stream: trio.abc.HalfCloseableStream,
+    respond: Responder,
+    *,
+    client_timeout: float = CLIENT_TIMEOUT,
+) -> Outcome:
+    """Serve one client on any Trio stream that can be closed in one direction.
 
-    Works on any Trio stream that can be closed in one direction: a TCP connection as well
-    as one end of `trio.testing.memory_stream_pair`.
+    That is a TCP connection as well as one end of `trio.testing.memory_stream_pair`.
 
     Args:
-        stream: The connection. `serve` closes it, whatever happens.
+        stream: The connection. It is closed in the end, whatever happens.
         respond: Turns the request into the reply.
-        client_timeout: Seconds to wait for the client, each time something depends on it:
-            its first bytes, taking the reply, closing. Responding has no time limit.
+        client_timeout: Seconds to wait for the client, each time something depends on it: its
+            first bytes, taking the reply, closing. Responding has no time limit.
+
+    Returns:
+        What came of it. Nothing that the client does, and no `Exception` from the responder,
+        leaves this function.
+
+    Raises:
+        trio.Cancelled: When cancelled from outside.
+    """
+    try:
+        return await Connection(stream, respond, client_timeout=client_timeout).serve()
+    finally:
+        await trio.aclose_forcefully(stream)
+
+
+class Connection:
+    """One client: how far it has come, and the time it has left.
+
+    Args:
+        stream: The connection.
+        respond: Turns the request into the reply.
+        client_timeout: Seconds to wait for the client, each time something depends on it.
         turns: Limits how many connections are served at once, when they share it. The others
             wait, in order of arrival; their client's time starts when their turn comes.
         peer: Who the client is, for the log.
@@ -96,7 +121,10 @@ class Connection:
         self._request = b""
         # A cancel scope ends the code inside it when its deadline passes. One scope serves
         # all the time-outs of the connection: each stage moves the deadline.
-        self._scope = trio.CancelScope()
+        # The client's time starts now, or when its turn comes.
+        self._scope = trio.CancelScope(
+            deadline=math.inf if turns else trio.current_time() + client_timeout
+        )
         self.peer = peer
         self.outcome = Outcome.SENT_NOTHING
         self.bytes_in = 0
@@ -108,24 +136,25 @@ class Connection:
         return self.outcome is Outcome.CUT_OFF
 
     async def serve(self) -> Outcome:
-        """Serve the client, close the stream, log one line at INFO.
+        """Serve the client until nothing is left to do but to close, and log one line at INFO.
+
+        Closing is left to whoever opened the stream (`trio.serve_listeners` does it).
 
         Returns:
-            What came of it. Nothing that the client does, and no `Exception` from the
-            responder, leaves this method.
+            What came of it.
 
         Raises:
             trio.Cancelled: When cancelled from outside. `outcome` then tells whether a
-                request was cut off, and the stream is closed all the same.
+                request was cut off.
         """
         started = trio.current_time()
         try:
             with self._scope:
-                async with self._stream:
-                    if self._turns is None:
-                        await self._exchange()
-                    else:
-                        await self._exchange_in_turn(self._turns)
+                if self._turns is None:
+                    await self._receive()
+                    await self._exchange()
+                else:
+                    await self._exchange_in_turn(self._turns)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             self._end_unanswered(Outcome.WENT_AWAY)
         finally:
@@ -152,6 +181,46 @@ class Connection:
             deadline = trio.current_time() + self._idle_timeout
             self._scope.deadline = min(self._scope.deadline, deadline)
 
+    async def _receive(self) -> None:
+        # In-memory streams deliver a bytearray.
+        self._request = bytes(await self._stream.receive_some(REQUEST_SIZE))
+        if self._request:
+            self.bytes_in = len(self._request)
+            self.outcome = Outcome.CUT_OFF
+            logger.debug("%s sent %d bytes", self.peer, self.bytes_in)
+            # From here to the reply it is the server's time that passes, not the client's.
+            self._scope.deadline = math.inf
+
+    async def _exchange(self) -> None:
+        if not self._request:
+            return
+
+        reply = None
+        try:
+            # The view makes a reply that is not bytes fail here, as the responder's failure.
+            reply = memoryview(await self._respond(self._request)).cast("B")
+        except* Exception:
+            # `except*`, because a responder with a nursery of its own can be cancelled and
+            # fail at the same time: the failure stays here, the cancellation goes on.
+            self.outcome = Outcome.FAILED
+            logger.exception("%s: the responder failed", self.peer)
+        if reply is None:
+            return
+
+        self._scope.deadline = trio.current_time() + self._client_timeout
+        await self._stream.send_all(reply)
+        self.bytes_out = reply.nbytes
+        self.outcome = Outcome.ANSWERED
+        logger.debug("%s was sent %d bytes, closing", self.peer, self.bytes_out)
+
+        # Closing in stages (RFC 9112, section 9.6). A socket closed with unread input in it
+        # makes the kernel send a reset, and the reset can overtake the reply and destroy it.
+        # So: say that nothing more will come, read what the client still sends, then close.
+        self._scope.deadline = trio.current_time() + self._idle_timeout
+        await self._stream.send_eof()
+        while surplus := await self._stream.receive_some():
+            self.bytes_in += len(surplus)
+
     async def _exchange_in_turn(self, turns: trio.CapacityLimiter) -> None:
         """Wait in line, unless the client leaves it, before the exchange."""
         taken = False
@@ -161,8 +230,12 @@ class Connection:
                 await turns.acquire()
                 taken = True
                 line.cancel_scope.cancel()
-            if taken:
-                await self._exchange()
+            if not taken:
+                return
+            if not self._request:
+                self._scope.deadline = trio.current_time() + self._idle_timeout
+                await self._receive()
+            await self._exchange()
         finally:
             if taken:
                 turns.release()
@@ -176,54 +249,6 @@ class Connection:
             # A reset is an error here, and ends the wait. An end of file is no reason to:
             # a client may close its half after the request, as `nc -N` does.
             self.bytes_in += len(await self._stream.receive_some())
-
-    async def _receive(self) -> None:
-        # In-memory streams deliver a bytearray.
-        self._request = bytes(await self._stream.receive_some(REQUEST_SIZE))
-        if self._request:
-            self.bytes_in = len(self._request)
-            self.outcome = Outcome.CUT_OFF
-            logger.debug("%s sent %d bytes", self.peer, self.bytes_in)
-            # From here to the reply it is the server's time that passes, not the client's.
-            self._scope.deadline = math.inf
-
-    async def _exchange(self) -> None:
-        if not self._request:
-            self._wait_for_client()
-            await self._receive()
-        if not self._request:
-            return
-
-        reply = None
-        try:
-            # The view makes a reply that is not bytes fail here, as the responder's failure.
-            reply = memoryview(await self._respond(self._request)).cast("B")
-        except* Exception:
-            # `except*`, because a responder with a nursery of its own can be cancelled and
-            # fail at the same time: the failure stays here, the cancellation goes on.
-            self.outcome = Outcome.FAILED
-            logger.exception("%s: the responder failed", self.peer)
-
-        self._wait_for_client()
-        if reply is None:
-            return
-        await self._stream.send_all(reply)
-        self.bytes_out = reply.nbytes
-        self.outcome = Outcome.ANSWERED
-        logger.debug("%s was sent %d bytes, closing", self.peer, self.bytes_out)
-
-        # Closing in stages (RFC 9112, section 9.6). A socket closed with unread input in it
-        # makes the kernel send a reset, and the reset can overtake the reply and destroy it.
-        # So: say that nothing more will come, read what the client still sends, then close.
-        self._wait_for_client()
-        await self._stream.send_eof()
-        while surplus := await self._stream.receive_some():
-            self.bytes_in += len(surplus)
-
-    def _wait_for_client(self) -> None:
-        """From here on the client has to act, within its time-out."""
-        seconds = self._client_timeout if self.in_flight else self._idle_timeout
-        self._scope.deadline = trio.current_time() + seconds
 
     def _end_unanswered(self, outcome: Outcome) -> None:
         """Settle the outcome, unless the reply or the failure has settled it already."""
