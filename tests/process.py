@@ -7,12 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from trio_server.responder import REPLY
 
 BANNER = "Waiting for connection to be established"
 
@@ -89,7 +94,40 @@ def receive_all(client: socket.socket) -> bytes:
 
 def tool(name: str) -> str:
     """Find a program that a test needs; without it the test is skipped, and fails in CI."""
-    path = shutil.which(name)
+    # Debian has HAProxy where only root's PATH looks.
+    path = shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin")
     if path is None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"no {name} here")
     return path
+
+
+def request(address: tuple[str, int]) -> str:
+    """Be a client; return "answered" or what went wrong."""
+    try:
+        with socket.create_connection(address, timeout=20) as client:
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            reply = receive_all(client)
+    except OSError as error:
+        return repr(error)
+    return "answered" if reply == REPLY else f"got {reply!r}"
+
+
+@contextmanager
+def hammering(address: tuple[str, int], clients: int) -> Iterator[Counter[str]]:
+    """Let clients send request after request; yield the counts of what they get."""
+    results: Counter[str] = Counter()
+    stop = threading.Event()
+
+    def hammer() -> None:
+        while not stop.is_set():
+            results[request(address)] += 1
+
+    threads = [threading.Thread(target=hammer) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield results
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()

@@ -7,16 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
-from process import Process, receive_all, tool
+from process import Process, hammering, receive_all, request, tool
 
 from trio_server import Outcome, Server
 from trio_server.connection import CLOSING_TIME
@@ -49,38 +47,6 @@ def descriptors(process: Process) -> int:
 
 def resident_pages(process: Process) -> int:
     return int(Path(f"/proc/{process.popen.pid}/statm").read_text().split()[1])
-
-
-def request(address: tuple[str, int]) -> str:
-    """Be a client; return "answered" or what went wrong."""
-    try:
-        with socket.create_connection(address, timeout=20) as client:
-            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            reply = receive_all(client)
-    except OSError as error:
-        return repr(error)
-    return "answered" if reply == REPLY else f"got {reply!r}"
-
-
-@contextmanager
-def hammering(address: tuple[str, int], clients: int) -> Iterator[Counter[str]]:
-    """Let clients send request after request; yield the counts of what they get."""
-    results: Counter[str] = Counter()
-    stop = threading.Event()
-
-    def hammer() -> None:
-        while not stop.is_set():
-            results[request(address)] += 1
-
-    threads = [threading.Thread(target=hammer) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield results
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
 
 
 def test_last_call_answers_500_clients_in_the_listen_queue(serve: Start) -> None:

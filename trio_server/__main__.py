@@ -38,9 +38,10 @@ HIGHEST_PORT = 65535  # a port is 16 bits (RFC 9293, section 3.1)
 FIRST_INHERITED = 3
 """The first descriptor that a process manager passes: those before are the standard streams."""
 
-COLLECTOR_THRESHOLDS = (100_000, 50, 100)
-"""Allocations that set off a collection of the young objects, and how many collections of one
-generation set off one of the next (`gc.set_threshold`)."""
+COLLECTOR_THRESHOLDS = (1_000_000, 10, 10)
+"""How many more objects than last time make the garbage collector look at the young ones, and how
+many such looks one at the older ones (`gc.set_threshold`). A connection takes some 35 objects: a
+burst of 20,000 connections sets off no collection. Tried in ``tests/benchmark/collector.py``."""
 
 BANNER = "Waiting for connection to be established"
 

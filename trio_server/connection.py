@@ -170,17 +170,6 @@ class Connection:
             )
         return self.outcome
 
-    def hurry(self) -> None:
-        """Wait for the client no longer than `CLOSING_TIME`, as the server is shutting down.
-
-        A request in flight keeps all its time, to be answered and to be taken by the client;
-        only the wait for the client to close gets shorter then.
-        """
-        self._idle_timeout = min(self._idle_timeout, CLOSING_TIME)
-        if not self.in_flight:
-            deadline = trio.current_time() + self._idle_timeout
-            self._scope.deadline = min(self._scope.deadline, deadline)
-
     async def _receive(self) -> None:
         # In-memory streams deliver a bytearray.
         self._request = bytes(await self._stream.receive_some(REQUEST_SIZE))
@@ -249,6 +238,17 @@ class Connection:
             # A reset is an error here, and ends the wait. An end of file is no reason to:
             # a client may close its half after the request, as `nc -N` does.
             self.bytes_in += len(await self._stream.receive_some())
+
+    def hurry(self) -> None:
+        """Wait for the client no longer than `CLOSING_TIME`, as the server is shutting down.
+
+        A request in flight keeps all its time, to be answered and to be taken by the client;
+        only the wait for the client to close gets shorter then.
+        """
+        self._idle_timeout = min(self._idle_timeout, CLOSING_TIME)
+        if not self.in_flight:
+            deadline = trio.current_time() + self._idle_timeout
+            self._scope.deadline = min(self._scope.deadline, deadline)
 
     def _end_unanswered(self, outcome: Outcome) -> None:
         """Settle the outcome, unless the reply or the failure has settled it already."""

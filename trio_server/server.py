@@ -14,8 +14,8 @@ import trio
 from trio_server.connection import CLIENT_TIMEOUT, Connection, Outcome, Responder
 
 GRACE_PERIOD = 30.0
-"""Seconds that requests in flight may take, once a shutdown has begun: what the common
-process managers wait before they kill (Docker 10, Kubernetes 30, systemd 90)."""
+"""Seconds that requests in flight may take, once a shutdown has begun. Process managers kill
+what takes longer than they wait: Docker 10 seconds, Kubernetes 30, systemd 90."""
 
 MINIMUM_HOPS = {
     trio.socket.AF_INET: (trio.socket.IPPROTO_IP, 21),
@@ -60,7 +60,7 @@ class Server:
         self.outcomes: Counter[Outcome] = Counter()
         self._respond = respond
         self._client_timeout = client_timeout
-        self._turns = trio.CapacityLimiter(max_connections) if max_connections else None
+        self._turns = None if max_connections is None else trio.CapacityLimiter(max_connections)
         self._started = False
         # Those whose queue is ours alone. That of a listener from elsewhere may be shared.
         self._own_listeners: list[trio.SocketListener] = []
@@ -116,22 +116,6 @@ class Server:
             task_status: `nursery.start` returns the listeners.
         """
         await self._serve(partial(self._take_over, listeners), task_status)
-
-    def shut_down(self, grace_period: float = GRACE_PERIOD) -> None:
-        """Stop accepting, let the requests in flight finish, then stop. Returns at once.
-
-        Connections with nothing in flight get one second (`CLOSING_TIME`). May be called
-        again, to shorten the grace period. A server that does not accept yet stops at once.
-
-        Args:
-            grace_period: Seconds from now until whatever is left is cut off; 0 stops now.
-        """
-        if not self._started:
-            self._grace.cancel()
-        self._grace.deadline = min(self._grace.deadline, trio.current_time() + grace_period)
-        self._shutdown.set()
-        for connection in self._connections:
-            connection.hurry()
 
     async def _serve(
         self,
@@ -215,6 +199,22 @@ class Server:
         finally:
             self._connections.discard(connection)
             self.outcomes[connection.outcome] += 1
+
+    def shut_down(self, grace_period: float = GRACE_PERIOD) -> None:
+        """Stop accepting, let the requests in flight finish, then stop. Returns at once.
+
+        Connections with nothing in flight get one second (`CLOSING_TIME`). May be called
+        again, to shorten the grace period. A server that does not accept yet stops at once.
+
+        Args:
+            grace_period: Seconds from now until whatever is left is cut off; 0 stops now.
+        """
+        if not self._started:
+            self._grace.cancel()
+        self._grace.deadline = min(self._grace.deadline, trio.current_time() + grace_period)
+        self._shutdown.set()
+        for connection in self._connections:
+            connection.hurry()
 
     async def _last_call(self) -> None:
         """Wait until the listen queues are empty, so that closing them resets nobody.

@@ -1,0 +1,102 @@
+"""The README's own text: its programs run, its links point at what they say, its recipes work."""
+
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from process import Process, hammering, tool
+
+Start = Callable[..., Process]
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SOURCE_LINKS = re.findall(r"\[`([^`]+)`\]\(([\w./]+)#L(\d+)\)", README)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+PROGRAMS = blocks("python")
+
+
+@pytest.mark.parametrize("program", [text for text in PROGRAMS if "def test_" not in text])
+def test_a_program_prints_what_it_says(program: str) -> None:
+    expected = re.search(r"# prints (.+)\n", program)
+    assert expected
+    output = subprocess.check_output([sys.executable, "-c", program], text=True, timeout=30)
+    assert output.strip().replace("\n", " and ") == expected[1]
+
+
+@pytest.mark.parametrize("program", [text for text in PROGRAMS if "def test_" in text])
+def test_a_test_passes(program: str, tmp_path: Path) -> None:
+    (tmp_path / "test_from_readme.py").write_text(program)
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntrio_mode = true\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    assert "1 passed" in subprocess.check_output(command, text=True, timeout=30, cwd=tmp_path)
+
+
+def test_programs_are_short() -> None:
+    assert len(PROGRAMS) == 3
+    for program in PROGRAMS:
+        assert sum(line.strip() != "" for line in program.splitlines()) <= 25
+
+
+@pytest.mark.parametrize(("text", "path", "number"), SOURCE_LINKS)
+def test_a_link_points_at_what_it_says(text: str, path: str, number: str) -> None:
+    assert text in (ROOT / path).read_text().splitlines()[int(number) - 1]
+
+
+def test_links_to_files_and_sections() -> None:
+    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#(?!L\d)([^)]*))?", README):
+        path, anchor = target
+        assert (ROOT / path).exists()
+        assert not anchor or anchor in anchors
+
+
+def test_the_table_of_options_is_complete(start: Start) -> None:
+    process = start("--help")
+    assert process.wait() == 0
+    options = set(re.findall(r"--[a-z-]+", process.stdout))
+    assert options == set(re.findall(r"`(--[a-z-]+)", README.split("## Options")[1]))
+
+
+def free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_haproxy_hides_the_restart_of_each_of_three_servers(start: Start, tmp_path: Path) -> None:
+    [text] = blocks("haproxy")
+    front, back = free_port("127.0.0.1"), free_port("127.0.0.2")
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(text.replace(":8080", f":{front}").replace(":1729", f":{back}"))
+
+    def start_server(host: str) -> Process:
+        server = start("--host", host, "--port", str(back), "--delay", "0.2")
+        server.wait_for_banner()
+        return server
+
+    hosts = re.findall(r"server \w+ ([\d.]+):", text)
+    servers = {host: start_server(host) for host in hosts}
+    assert len(servers) == 3
+    with subprocess.Popen([tool("haproxy"), "-db", "-f", str(config)]) as haproxy:
+        try:
+            time.sleep(1)
+            with hammering(("127.0.0.1", front), clients=30) as results:
+                for host in hosts:
+                    assert servers[host].stop() == 0
+                    servers[host] = start_server(host)
+                    time.sleep(1.5)
+        finally:
+            haproxy.terminate()
+    assert set(results) == {"answered"}
+    assert results.total() > 300
