@@ -17,7 +17,7 @@ Start = Callable[..., Process]
 
 @pytest.fixture
 def server(serve: Start) -> Process:
-    return serve("--delay", "0.5")
+    return serve("--delay", "0.2")
 
 
 def run(*command: str | Path, text: bytes = b"") -> bytes:

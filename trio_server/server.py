@@ -6,6 +6,7 @@ import select
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -229,7 +230,8 @@ class Server:
             # the next server or a closed port. A short queue lets in few, a deaf socket none.
             listener.socket.listen(0)
             if sys.platform == "linux":
-                listener.socket.setsockopt(*MINIMUM_HOPS[listener.socket.family], 255)
+                with suppress(OSError):  # gVisor, for one, stands in for Linux without it
+                    listener.socket.setsockopt(*MINIMUM_HOPS[listener.socket.family], 255)
             queues.register(listener.socket.fileno(), select.POLLIN)
         # The accept loops are at work meanwhile.
         while queues.poll(0):  # noqa: ASYNC110 - the kernel sets no trio.Event
