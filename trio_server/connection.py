@@ -92,6 +92,7 @@ class Connection:
     # Without a `__dict__`, 10,000 connections take a megabyte less.
     __slots__ = (
         "_client_timeout",
+        "_has_turn",
         "_idle_timeout",
         "_request",
         "_respond",
@@ -118,6 +119,7 @@ class Connection:
         self._client_timeout = client_timeout
         self._idle_timeout = client_timeout
         self._turns = turns
+        self._has_turn = False
         self._request = b""
         # A cancel scope ends the code inside it when its deadline passes. One scope serves
         # all the time-outs of the connection: each stage moves the deadline.
@@ -149,15 +151,30 @@ class Connection:
         """
         started = trio.current_time()
         try:
+            # One function from the request to the reply, because a connection spends its life
+            # in between: every call there would be kept in memory for each of them.
             with self._scope:
-                if self._turns is None:
+                if self._turns is not None:
+                    await self._take_turn(self._turns)
+                if not self._request:
                     await self._receive()
-                    await self._exchange()
-                else:
-                    await self._exchange_in_turn(self._turns)
+                reply = None
+                if self._request:
+                    try:
+                        # What is not bytes fails here, as the responder's failure.
+                        reply = memoryview(await self._respond(self._request)).cast("B")
+                    except* Exception:
+                        # `except*`, because a responder with a nursery of its own can fail
+                        # and be cancelled at once: the cancellation goes on from here.
+                        self.outcome = Outcome.FAILED
+                        logger.exception("%s: the responder failed", self.peer)
+                if reply is not None:
+                    await self._reply(reply)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             self._end_unanswered(Outcome.WENT_AWAY)
         finally:
+            if self._has_turn and self._turns is not None:
+                self._turns.release()
             if self._scope.cancelled_caught:
                 self._end_unanswered(Outcome.TIMED_OUT)
             logger.info(
@@ -170,64 +187,15 @@ class Connection:
             )
         return self.outcome
 
-    async def _receive(self) -> None:
-        # In-memory streams deliver a bytearray.
-        self._request = bytes(await self._stream.receive_some(REQUEST_SIZE))
-        if self._request:
-            self.bytes_in = len(self._request)
-            self.outcome = Outcome.CUT_OFF
-            logger.debug("%s sent %d bytes", self.peer, self.bytes_in)
-            # From here to the reply it is the server's time that passes, not the client's.
-            self._scope.deadline = math.inf
-
-    async def _exchange(self) -> None:
+    async def _take_turn(self, turns: trio.CapacityLimiter) -> None:
+        """Wait in line, as long as the client does."""
+        async with trio.open_nursery() as line:
+            line.start_soon(self._watch_line, line.cancel_scope)
+            await turns.acquire()
+            self._has_turn = True
+            line.cancel_scope.cancel()
         if not self._request:
-            return
-
-        reply = None
-        try:
-            # The view makes a reply that is not bytes fail here, as the responder's failure.
-            reply = memoryview(await self._respond(self._request)).cast("B")
-        except* Exception:
-            # `except*`, because a responder with a nursery of its own can be cancelled and
-            # fail at the same time: the failure stays here, the cancellation goes on.
-            self.outcome = Outcome.FAILED
-            logger.exception("%s: the responder failed", self.peer)
-        if reply is None:
-            return
-
-        self._scope.deadline = trio.current_time() + self._client_timeout
-        await self._stream.send_all(reply)
-        self.bytes_out = reply.nbytes
-        self.outcome = Outcome.ANSWERED
-        logger.debug("%s was sent %d bytes, closing", self.peer, self.bytes_out)
-
-        # Closing in stages (RFC 9112, section 9.6). A socket closed with unread input in it
-        # makes the kernel send a reset, and the reset can overtake the reply and destroy it.
-        # So: say that nothing more will come, read what the client still sends, then close.
-        self._scope.deadline = trio.current_time() + self._idle_timeout
-        await self._stream.send_eof()
-        while surplus := await self._stream.receive_some():
-            self.bytes_in += len(surplus)
-
-    async def _exchange_in_turn(self, turns: trio.CapacityLimiter) -> None:
-        """Wait in line, unless the client leaves it, before the exchange."""
-        taken = False
-        try:
-            async with trio.open_nursery() as line:
-                line.start_soon(self._watch_line, line.cancel_scope)
-                await turns.acquire()
-                taken = True
-                line.cancel_scope.cancel()
-            if not taken:
-                return
-            if not self._request:
-                self._scope.deadline = trio.current_time() + self._idle_timeout
-                await self._receive()
-            await self._exchange()
-        finally:
-            if taken:
-                turns.release()
+            self._scope.deadline = trio.current_time() + self._idle_timeout
 
     async def _watch_line(self, line: trio.CancelScope) -> None:
         """Read the request while waiting, for that is how one learns that a client has gone."""
@@ -238,6 +206,33 @@ class Connection:
             # A reset is an error here, and ends the wait. An end of file is no reason to:
             # a client may close its half after the request, as `nc -N` does.
             self.bytes_in += len(await self._stream.receive_some())
+
+    async def _receive(self) -> None:
+        # In-memory streams deliver a bytearray.
+        self._request = bytes(await self._stream.receive_some(REQUEST_SIZE))
+        if self._request:
+            self.bytes_in = len(self._request)
+            self.outcome = Outcome.CUT_OFF
+            logger.debug("%s sent %d bytes", self.peer, self.bytes_in)
+            # From here to the reply it is the server's time that passes, not the client's.
+            self._scope.deadline = math.inf
+
+    async def _reply(self, reply: memoryview) -> None:
+        self._scope.deadline = trio.current_time() + self._client_timeout
+        await self._stream.send_all(reply)
+        self.bytes_out = reply.nbytes
+        self.outcome = Outcome.ANSWERED
+        logger.debug("%s was sent %d bytes, closing", self.peer, self.bytes_out)
+
+        # Closing in stages (RFC 9112, section 9.6). A socket closed with unread input in it
+        # makes the kernel send a reset, and the reset can overtake the reply and destroy it.
+        # So: say that nothing more will come, read what the client still sends, then close.
+        deadline = trio.current_time() + self._idle_timeout
+        if not math.isclose(deadline, self._scope.deadline, abs_tol=0.1):
+            self._scope.deadline = deadline  # costs as much as sending, so only when it matters
+        await self._stream.send_eof()
+        while surplus := await self._stream.receive_some():
+            self.bytes_in += len(surplus)
 
     def hurry(self) -> None:
         """Wait for the client no longer than `CLOSING_TIME`, as the server is shutting down.
