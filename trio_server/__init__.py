@@ -7,10 +7,10 @@ Run it with ``python -m trio_server``, or build on it:
 * `hello_world` is the responder of the command.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING
+import importlib as _importlib
+import typing as _typing
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from trio_server.connection import Outcome, Responder, serve_connection
     from trio_server.responder import hello_world
     from trio_server.server import Server
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> object:
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"trio_server.{_HOMES[name]}"), name)
+    return getattr(_importlib.import_module(f"trio_server.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

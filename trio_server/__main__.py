@@ -45,7 +45,7 @@ burst of 20,000 connections sets off no collection. Tried in ``tests/benchmark/c
 
 BANNER = "Waiting for connection to be established"
 
-logger = logging.getLogger("trio_server")
+logger: logging.Logger = logging.getLogger("trio_server")
 
 
 def main() -> int | str:

@@ -4,10 +4,11 @@ import logging
 import math
 from collections.abc import Awaitable, Callable
 from enum import Enum
+from typing import TypeAlias
 
 import trio
 
-Responder = Callable[[bytes], Awaitable[bytes]]
+Responder: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 """The work of a server: an async function that takes the request bytes and returns the
 reply bytes. It may raise: the exception is logged and ends that one connection."""
 
@@ -22,7 +23,7 @@ CLOSING_TIME = 1.0
 """Seconds that a connection with nothing in flight gets once the server shuts down: time
 for a request that is on its way, too short for an idle client to hold the server up."""
 
-logger = logging.getLogger("trio_server")
+logger: logging.Logger = logging.getLogger("trio_server")
 
 
 class Outcome(Enum):
@@ -127,10 +128,10 @@ class Connection:
         self._scope = trio.CancelScope(
             deadline=math.inf if turns else trio.current_time() + client_timeout
         )
-        self.peer = peer
-        self.outcome = Outcome.SENT_NOTHING
-        self.bytes_in = 0
-        self.bytes_out = 0
+        self.peer: str = peer
+        self.outcome: Outcome = Outcome.SENT_NOTHING
+        self.bytes_in: int = 0
+        self.bytes_out: int = 0
 
     @property
     def in_flight(self) -> bool:

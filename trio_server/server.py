@@ -33,7 +33,7 @@ UNAVAILABLE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """What binding says of an address that this machine does not have. A host name may stand
 for one: in many containers `localhost` is also `::1` while IPv6 is switched off."""
 
-logger = logging.getLogger("trio_server")
+logger: logging.Logger = logging.getLogger("trio_server")
 
 
 class Server:
