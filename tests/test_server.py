@@ -2,6 +2,7 @@ import errno
 import socket
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import trio
@@ -237,6 +238,19 @@ async def test_the_queue_of_a_listener_from_elsewhere_is_left_alone() -> None:
                     assert await read_all(stream) == REPLY
             server.shut_down()
         assert server.outcomes == {Outcome.ANSWERED: 20}
+
+
+async def test_a_unix_socket(nursery: trio.Nursery, tmp_path: Path) -> None:
+    address = str(tmp_path / "socket")
+    listener = trio.socket.socket(socket.AF_UNIX)
+    await listener.bind(address)
+    listener.listen()
+    server = Server(fast)
+    await nursery.start(server.serve_listeners, [trio.SocketListener(listener)])
+    async with await trio.open_unix_socket(address) as client:
+        await client.send_all(b"hi")
+        assert await read_all(client) == REPLY
+    server.shut_down()
 
 
 async def test_no_more_than_max_connections_at_once(nursery: trio.Nursery) -> None:

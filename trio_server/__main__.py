@@ -39,9 +39,9 @@ FIRST_INHERITED = 3
 """The first descriptor that a process manager passes: those before are the standard streams."""
 
 COLLECTOR_THRESHOLDS = (1_000_000, 10, 10)
-"""How many more objects than last time make the garbage collector look at the young ones, and how
-many such looks one at the older ones (`gc.set_threshold`). A connection takes some 35 objects: a
-burst of 20,000 connections sets off no collection. Tried in ``tests/benchmark/collector.py``."""
+"""For `gc.set_threshold`: collect the young objects when there are so many more than last time,
+and the older ones after 10 such collections. A connection takes some 35 objects, so that not
+even a burst of 20,000 sets off a collection. Tried in ``tests/benchmark/collector.py``."""
 
 BANNER = "Waiting for connection to be established"
 
@@ -195,7 +195,7 @@ class OncePerSecond(logging.Filter):
 def raise_file_limit() -> None:
     """Let the process open as many files as it may: each connection is one.
 
-    The usual soft limit is 1,024, for the sake of programs that call `select(2)`.
+    The usual soft limit is 1,024, as `select(2)` cannot handle higher descriptors.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # macOS: not as many as it says.
@@ -223,10 +223,10 @@ def inherited_sockets() -> list[socket.socket]:
     """
     pid, number = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS"))
     os.environ.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()):
+    if pid != str(os.getpid()) or not number:
         return []
     if not number.isdecimal():
-        sys.exit(f"trio-server: LISTEN_FDS={number} is not a number: whoever sets it is wrong")
+        sys.exit(f"trio-server: LISTEN_FDS={number} is not a number of sockets: unset it")
     return [
         inherited_socket(descriptor)
         for descriptor in range(FIRST_INHERITED, FIRST_INHERITED + int(number))
@@ -252,7 +252,7 @@ def inherited_socket(descriptor: int) -> socket.socket:
 async def run(options: argparse.Namespace, sockets: list[socket.socket]) -> int | str:
     """Serve until a signal ends it; return what `main` does.
 
-    The status is 0 when no request was cut off, and 1 when some were.
+    The status is 1 when a request was cut off or its responder failed, and 0 otherwise.
     """
     server = Server(
         partial(hello_world, delay=options.delay),
@@ -275,7 +275,7 @@ async def run(options: argparse.Namespace, sockets: list[socket.socket]) -> int 
         return f"trio-server: {advice(failure, options)}"
     totals = (f"{server.outcomes[outcome]} {outcome.value}" for outcome in Outcome)
     logger.info("stopped: %s", ", ".join(totals))
-    return 1 if server.outcomes[Outcome.CUT_OFF] else 0
+    return 1 if server.outcomes[Outcome.CUT_OFF] or server.outcomes[Outcome.FAILED] else 0
 
 
 async def serve(start: Callable[..., Awaitable[None]]) -> OSError | None:

@@ -30,7 +30,7 @@ class Outcome(Enum):
     """What came of a connection."""
 
     ANSWERED = "answered"
-    """The reply was sent, whole."""
+    """The whole reply was handed to the network."""
     SENT_NOTHING = "sent nothing"
     """The client closed, or the server was stopped, before the first byte of a request."""
     WENT_AWAY = "went away"
@@ -124,10 +124,9 @@ class Connection:
         self._request = b""
         # A cancel scope ends the code inside it when its deadline passes. One scope serves
         # all the time-outs of the connection: each stage moves the deadline.
-        # The client's time starts now, or when its turn comes.
-        self._scope = trio.CancelScope(
-            deadline=math.inf if turns else trio.current_time() + client_timeout
-        )
+        # The first starts now, or when the client's turn comes.
+        now = trio.current_time()
+        self._scope = trio.CancelScope(deadline=math.inf if turns else now + client_timeout)
         self.peer: str = peer
         self.outcome: Outcome = Outcome.SENT_NOTHING
         self.bytes_in: int = 0
@@ -152,8 +151,8 @@ class Connection:
         """
         started = trio.current_time()
         try:
-            # One function from the request to the reply, because a connection spends its life
-            # in between: every call there would be kept in memory for each of them.
+            # No helper function from the request to the reply, because that is where all the
+            # connections wait: each of them would keep the helper's frame in memory.
             with self._scope:
                 if self._turns is not None:
                     await self._take_turn(self._turns)
@@ -172,6 +171,7 @@ class Connection:
                 if reply is not None:
                     await self._reply(reply)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            # `except*`, because in the line a nursery wraps them.
             self._end_unanswered(Outcome.WENT_AWAY)
         finally:
             if self._has_turn and self._turns is not None:
@@ -193,7 +193,7 @@ class Connection:
         async with trio.open_nursery() as line:
             line.start_soon(self._watch_line, line.cancel_scope)
             await turns.acquire()
-            self._has_turn = True
+            self._has_turn = True  # no `await` in between, so no turn gets lost
             line.cancel_scope.cancel()
         if not self._request:
             self._scope.deadline = trio.current_time() + self._idle_timeout

@@ -26,6 +26,10 @@ MINIMUM_HOPS = {
 socket ignores packets that may cross fewer routers than this number. Nearly all systems send
 with 64 or 128, so 255 makes a listening socket deaf, without touching what is in its queue."""
 
+HANDSHAKE_TIME = 0.2
+"""Seconds for which a shutdown waits for connections whose last packet is still on its way: the
+client counts as connected, the server's kernel has not queued it yet. One way round the earth."""
+
 LAST_LOOK_INTERVAL = 0.01
 """Seconds between two looks at the listen queues while a shutdown waits for them to empty."""
 
@@ -63,7 +67,7 @@ class Server:
         self._client_timeout = client_timeout
         self._turns = None if max_connections is None else trio.CapacityLimiter(max_connections)
         self._started = False
-        # Those whose queue is ours alone. That of a listener from elsewhere may be shared.
+        # The listeners that we opened: nobody shares their queues.
         self._own_listeners: list[trio.SocketListener] = []
         self._connections: set[Connection] = set()
         self._shutdown = trio.Event()
@@ -131,14 +135,15 @@ class Server:
                 try:
                     listeners = await start(acceptors, connections)
                 except OSError as error:
-                    # Kept until the nurseries are gone: they would wrap it in groups.
+                    # Raised later, outside the nurseries, which would wrap it in groups.
                     failure = error
                 else:
                     self._started = True
                     task_status.started(listeners)
                     await self._shutdown.wait()
                     await self._last_call()
-                # No `await` between the last look at the queues and their end.
+                # No `await` between the last look at the queues and their end: cancelling takes
+                # effect when the accept loops run again, closing takes effect now.
                 acceptors.cancel_scope.cancel()
                 for listener in self._own_listeners:
                     listener.socket.close()
@@ -168,7 +173,7 @@ class Server:
             raise OSError(errno.EADDRNOTAVAIL, f"this machine has no address of {host!r}")
         for address, reason in unavailable:
             logger.warning("not listening on %s: %s", address, reason)
-        return self._own_listeners
+        return list(self._own_listeners)
 
     async def _take_over(
         self,
@@ -223,7 +228,9 @@ class Server:
         The kernel completes connections ahead of `accept` and keeps them in a queue. Their
         clients may have sent their request already; they cannot know that nobody has seen it.
         """
-        await trio.lowlevel.checkpoint()  # A cancelled server has no listeners to look at.
+        await trio.lowlevel.checkpoint()  # A cancelled server has closed them already.
+        if not self._own_listeners:
+            return
         queues = select.poll()
         for listener in self._own_listeners:
             # No newcomers: an unanswered client's kernel tries again after a second, and meets
@@ -234,7 +241,8 @@ class Server:
                     listener.socket.setsockopt(*MINIMUM_HOPS[listener.socket.family], 255)
             queues.register(listener.socket.fileno(), select.POLLIN)
         # The accept loops are at work meanwhile.
-        while queues.poll(0):  # noqa: ASYNC110 - the kernel sets no trio.Event
+        handshakes_end = trio.current_time() + HANDSHAKE_TIME
+        while queues.poll(0) or trio.current_time() < handshakes_end:  # noqa: ASYNC110 - no Event
             await trio.sleep(LAST_LOOK_INTERVAL)
 
 
@@ -266,6 +274,7 @@ def _peer(stream: trio.abc.HalfCloseableStream) -> str:
     if not isinstance(stream, trio.SocketStream):
         return "client"
     try:
-        return format_address(stream.socket.getpeername())
+        sockaddr = stream.socket.getpeername()
     except OSError:  # It went away while it was in the queue.
         return "unknown client"
+    return format_address(sockaddr) if isinstance(sockaddr, tuple) else "client"
