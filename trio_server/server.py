@@ -26,9 +26,9 @@ MINIMUM_HOPS = {
 socket ignores packets that may cross fewer routers than this number. Nearly all systems send
 with 64 or 128, so 255 makes a listening socket deaf, without touching what is in its queue."""
 
-HANDSHAKE_TIME = 0.2
+HANDSHAKE_TIME = 0.5
 """Seconds for which a shutdown waits for connections whose last packet is still on its way: the
-client counts as connected, the server's kernel has not queued it yet. One way round the earth."""
+client counts as connected, but the kernel has not queued it yet. Enough to send that again."""
 
 LAST_LOOK_INTERVAL = 0.01
 """Seconds between two looks at the listen queues while a shutdown waits for them to empty."""
@@ -233,17 +233,25 @@ class Server:
             return
         queues = select.poll()
         for listener in self._own_listeners:
-            # No newcomers: an unanswered client's kernel tries again after a second, and meets
-            # the next server or a closed port. A short queue lets in few, a deaf socket none.
-            listener.socket.listen(0)
-            if sys.platform == "linux":
-                with suppress(OSError):  # gVisor, for one, stands in for Linux without it
-                    listener.socket.setsockopt(*MINIMUM_HOPS[listener.socket.family], 255)
+            _turn_newcomers_away(listener.socket)
             queues.register(listener.socket.fileno(), select.POLLIN)
         # The accept loops are at work meanwhile.
         handshakes_end = trio.current_time() + HANDSHAKE_TIME
         while queues.poll(0) or trio.current_time() < handshakes_end:  # noqa: ASYNC110 - no Event
             await trio.sleep(LAST_LOOK_INTERVAL)
+
+
+def _turn_newcomers_away(listener: trio.socket.SocketType) -> None:
+    """Leave new connections unanswered: their kernel tries again after a second.
+
+    It then meets the next server or a closed port.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):  # gVisor, for one, stands in for Linux without this
+            listener.setsockopt(*MINIMUM_HOPS[listener.family], 255)
+            return
+    # The shortest queue there is (listen(2)) lets in one connection at a time.
+    listener.listen(0)
 
 
 async def _addresses(host: str, port: int) -> list[str]:
