@@ -199,6 +199,9 @@ class Server:
         )
         if self._shutdown.is_set():
             connection.hurry()
+            if isinstance(stream, trio.SocketStream):
+                # A handshake that ended during the last call left it as deaf as the listener.
+                _set_minimum_hops(stream.socket, 0)
         self._connections.add(connection)
         try:
             await connection.serve()
@@ -233,7 +236,13 @@ class Server:
             return
         queues = select.poll()
         for listener in self._own_listeners:
-            _turn_newcomers_away(listener.socket)
+            # Newcomers stay unanswered: their kernel tries again after a second, and meets the
+            # next server or a closed port. Elsewhere than on Linux, the shortest queue there is
+            # (listen(2)) lets in one at a time.
+            if sys.platform == "linux":
+                _set_minimum_hops(listener.socket, 255)
+            else:
+                listener.socket.listen(0)
             queues.register(listener.socket.fileno(), select.POLLIN)
         # The accept loops are at work meanwhile.
         handshakes_end = trio.current_time() + HANDSHAKE_TIME
@@ -241,17 +250,11 @@ class Server:
             await trio.sleep(LAST_LOOK_INTERVAL)
 
 
-def _turn_newcomers_away(listener: trio.socket.SocketType) -> None:
-    """Leave new connections unanswered: their kernel tries again after a second.
-
-    It then meets the next server or a closed port.
-    """
-    if sys.platform == "linux":
+def _set_minimum_hops(sock: trio.socket.SocketType, number: int) -> None:
+    """Make a socket deaf (255) or let it hear again (0), on Linux."""
+    if sys.platform == "linux" and sock.family in MINIMUM_HOPS:
         with suppress(OSError):  # gVisor, for one, stands in for Linux without this
-            listener.setsockopt(*MINIMUM_HOPS[listener.family], 255)
-            return
-    # The shortest queue there is (listen(2)) lets in one connection at a time.
-    listener.listen(0)
+            sock.setsockopt(*MINIMUM_HOPS[sock.family], number)
 
 
 async def _addresses(host: str, port: int) -> list[str]:
