@@ -1,14 +1,14 @@
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from process import Process
+from process import Process, Start
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+def start(tmp_path: Path) -> Iterator[Start]:
     """Start the command with options; whatever is left of it when the test ends is killed."""
     processes = []
 
@@ -23,7 +23,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
 
 @pytest.fixture
-def serve(start: Callable[..., Process]) -> Callable[..., Process]:
+def serve(start: Start) -> Start:
     """Start the command on a free port of 127.0.0.1, and wait until it accepts."""
 
     def serve_process(*options: str, **settings: Any) -> Process:

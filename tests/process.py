@@ -87,6 +87,10 @@ class Process:
         return self.wait(seconds)
 
 
+Start = Callable[..., Process]
+"""A fixture that starts the command with options, and settings for `Process`."""
+
+
 def receive_all(client: socket.socket) -> bytes:
     """Read to the end of file."""
     return b"".join(iter(lambda: client.recv(65536), b""))

@@ -3,16 +3,13 @@
 import re
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from process import Process, tool
+from process import Process, Start, tool
 
 from trio_server.connection import REQUEST_SIZE
 from trio_server.responder import REPLY
-
-Start = Callable[..., Process]
 
 
 @pytest.fixture

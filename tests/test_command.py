@@ -3,16 +3,13 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from process import BANNER, Process, receive_all, tool
+from process import BANNER, Process, Start, receive_all, tool
 
 import trio_server
 from trio_server.responder import REPLY
-
-Start = Callable[..., Process]
 
 SLACK = 0.9  # seconds; a busy machine is late
 

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import trio
+from streams import read_all
 from trio.testing import (
     MockClock,
     lockstep_stream_pair,
@@ -18,10 +19,6 @@ from trio_server.responder import DELAY, REPLY
 
 # `autojump_clock` jumps to the next deadline when all tasks wait: seconds take no time, and
 # come out exact.
-
-
-async def read_all(stream: trio.abc.ReceiveStream) -> bytes:
-    return b"".join([chunk async for chunk in stream])
 
 
 async def ask(client: trio.abc.HalfCloseableStream, request: bytes) -> bytes:

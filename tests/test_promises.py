@@ -9,18 +9,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
-from process import Process, hammering, receive_all, request, tool
+from process import Process, Start, hammering, receive_all, request, tool
+from streams import read_all
 
 from trio_server import Outcome, Server
 from trio_server.connection import CLOSING_TIME
 from trio_server.responder import REPLY
-
-Start = Callable[..., Process]
 
 SLACK = 0.9  # seconds; a busy machine is late
 
@@ -39,6 +37,11 @@ def many_files() -> None:
     """Let this process open as many files as the tests need for their clients."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+
+
+def activated(start: Start, descriptor: int, *options: str) -> Process:
+    activate = (sys.executable, "-c", ACTIVATE, str(descriptor))
+    return start("--port", "0", *options, prefix=activate, pass_fds=[descriptor])
 
 
 def descriptors(process: Process) -> int:
@@ -80,8 +83,7 @@ def test_ten_restarts_under_load_lose_nothing(start: Start) -> None:
         address = listener.getsockname()
 
         def start_next() -> Process:
-            activate = (sys.executable, "-c", ACTIVATE, str(listener.fileno()))
-            process = start("--delay", "0.1", prefix=activate, pass_fds=[listener.fileno()])
+            process = activated(start, listener.fileno(), "--delay", "0.1")
             process.wait_for_banner()
             return process
 
@@ -97,11 +99,6 @@ def test_ten_restarts_under_load_lose_nothing(start: Start) -> None:
         assert process.stop() == 0
     assert set(results) == {"answered"}
     assert results.total() > 1000
-
-
-def activated(start: Start, descriptor: int, **settings: str) -> Process:
-    activate = (sys.executable, "-c", ACTIVATE, str(descriptor))
-    return start("--port", "0", prefix=activate, pass_fds=[descriptor], **settings)
 
 
 @pytest.mark.parametrize("kind", ["file", "datagram", "not listening", "unix"])
@@ -183,7 +180,7 @@ async def test_1000_clients_at_once_with_a_limit_of_256_files(serve: Start) -> N
     async def one_client() -> None:
         async with await trio.open_tcp_stream("127.0.0.1", process.port) as client:
             await client.send_all(b"hi\n")
-            results[b"".join([chunk async for chunk in client])] += 1
+            results[await read_all(client)] += 1
 
     async with trio.open_nursery() as nursery:
         for _ in range(1000):
@@ -275,10 +272,6 @@ async def connect(port: int, request: bytes = b"") -> trio.SocketStream:
     if request:
         await client.send_all(request)
     return client
-
-
-async def read_all(client: trio.SocketStream) -> bytes:
-    return b"".join([chunk async for chunk in client])
 
 
 async def read_slowly(client: trio.SocketStream) -> int:

@@ -5,13 +5,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from process import Process, hammering, tool
-
-Start = Callable[..., Process]
+from process import Process, Start, hammering, tool
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from streams import read_all
 from trio.testing import MockClock, memory_stream_pair, open_stream_to_socket_listener
 
 from trio_server import Outcome, Server, hello_world
@@ -24,10 +25,6 @@ async def never(_: bytes) -> bytes:
     raise AssertionError
 
 
-async def read_all(stream: trio.SocketStream) -> bytes:
-    return b"".join([chunk async for chunk in stream])
-
-
 async def ask(listener: trio.SocketListener, request: bytes = b"hi\n") -> bytes:
     async with await open_stream_to_socket_listener(listener) as client:
         await client.send_all(request)
@@ -37,6 +34,17 @@ async def ask(listener: trio.SocketListener, request: bytes = b"hi\n") -> bytes:
 async def start(nursery: trio.Nursery, server: Server) -> trio.SocketListener:
     listeners: list[trio.SocketListener] = await nursery.start(server.serve_tcp, 0, "127.0.0.1")
     return listeners[0]
+
+
+async def start_with_one_in_flight(
+    nursery: trio.Nursery, server: Server
+) -> tuple[trio.SocketListener, trio.SocketStream]:
+    """Start the server, and send it a request; return when the server has received that."""
+    listener = await start(nursery, server)
+    client = await open_stream_to_socket_listener(listener)
+    await client.send_all(b"hi")
+    await until(lambda: server.in_flight == 1)
+    return listener, client
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -66,11 +74,9 @@ async def test_ten_clients_at_once_take_one_delay(nursery: trio.Nursery) -> None
 async def test_shutdown_answers_what_is_in_flight_and_refuses_what_is_new() -> None:
     server = Server(fast)
     async with trio.open_nursery() as nursery:
-        listener = await start(nursery, server)
+        listener, client = await start_with_one_in_flight(nursery, server)
         address = listener.socket.getsockname()
-        async with await open_stream_to_socket_listener(listener) as client:
-            await client.send_all(b"hi")
-            await until(lambda: server.in_flight == 1)
+        async with client:
             server.shut_down()
             await until(lambda: listener.socket.fileno() == -1)
             with pytest.raises(ConnectionRefusedError), trio.socket.socket() as newcomer:
@@ -83,10 +89,8 @@ async def test_shutdown_answers_what_is_in_flight_and_refuses_what_is_new() -> N
 async def test_the_end_of_the_grace_period_cuts_off_what_is_left() -> None:
     server = Server(never)
     async with trio.open_nursery() as nursery:
-        listener = await start(nursery, server)
-        async with await open_stream_to_socket_listener(listener) as client:
-            await client.send_all(b"hi")
-            await until(lambda: server.in_flight == 1)
+        _, client = await start_with_one_in_flight(nursery, server)
+        async with client:
             before = trio.current_time()
             server.shut_down(0.3)
             assert await read_all(client) == b""
@@ -97,10 +101,8 @@ async def test_the_end_of_the_grace_period_cuts_off_what_is_left() -> None:
 async def test_a_second_shut_down_can_only_shorten_the_grace_period() -> None:
     server = Server(never)
     async with trio.open_nursery() as nursery:
-        listener = await start(nursery, server)
-        async with await open_stream_to_socket_listener(listener) as client:
-            await client.send_all(b"hi")
-            await until(lambda: server.in_flight == 1)
+        _, client = await start_with_one_in_flight(nursery, server)
+        async with client:
             before = trio.current_time()
             server.shut_down(60)
             server.shut_down(0)
@@ -131,10 +133,8 @@ async def test_an_idle_connection_holds_the_shutdown_up_for_one_second() -> None
 async def test_cancelling_stops_at_once() -> None:
     server = Server(never)
     async with trio.open_nursery() as nursery:
-        listener = await start(nursery, server)
-        async with await open_stream_to_socket_listener(listener) as client:
-            await client.send_all(b"hi")
-            await until(lambda: server.in_flight == 1)
+        listener, client = await start_with_one_in_flight(nursery, server)
+        async with client:
             before = trio.current_time()
             nursery.cancel_scope.cancel()
     assert trio.current_time() - before < SLACK
@@ -210,7 +210,7 @@ async def test_in_memory_listeners(nursery: trio.Nursery, autojump_clock: MockCl
     server = Server(hello_world)
     assert await nursery.start(server.serve_listeners, [listener]) == [listener]
     await client.send_all(b"hi")
-    assert b"".join([chunk async for chunk in client]) == REPLY
+    assert await read_all(client) == REPLY
     server.shut_down()
     await trio.sleep(CLOSING_TIME + 0.1)
     assert listener.closed
@@ -356,7 +356,6 @@ async def test_shut_down_during_start_up_returns_at_once() -> None:
     server = Server(fast)
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.sleep, 0)
 
             async def shut_down_soon() -> None:
                 await trio.sleep(0.05)
