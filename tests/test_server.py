@@ -1,5 +1,6 @@
 import errno
 import socket
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -186,6 +187,26 @@ async def test_more_than_a_kilobyte_does_not_cost_the_client_its_reply(
     listener = await start(nursery, server)
     for _ in range(8):
         assert await ask(listener, b"x" * 1500) == REPLY
+    server.shut_down()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs TCP_CORK")
+async def test_a_short_reply_and_its_end_are_one_packet(nursery: trio.Nursery) -> None:
+    server = Server(fast)
+    listener = await start(nursery, server)
+    client = await open_stream_to_socket_listener(listener)
+
+    def packets() -> int:
+        # `tcpi_segs_in` of `struct tcp_info`, in Linux's <linux/tcp.h>.
+        info = client.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 144)
+        return int.from_bytes(info[140:], sys.byteorder)
+
+    await client.send_all(b"hi\n")
+    await trio.sleep(DELAY / 2)
+    before = packets()
+    assert await read_all(client) == REPLY
+    assert packets() - before == 1
+    await client.aclose()
     server.shut_down()
 
 

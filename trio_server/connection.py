@@ -232,6 +232,9 @@ class Connection:
         if not math.isclose(deadline, self._scope.deadline, abs_tol=0.1):
             self._scope.deadline = deadline  # costs as much as sending, so only when it matters
         await self._stream.send_eof()
+        # A turn for the other tasks. Most clients have closed when it is over, and then a look
+        # is enough; it costs less than to have the kernel watch for what is about to come.
+        await trio.lowlevel.checkpoint()
         while surplus := await self._stream.receive_some():
             self.bytes_in += len(surplus)
 

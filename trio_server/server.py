@@ -197,6 +197,8 @@ class Server:
             turns=self._turns,
             peer=_peer(stream),
         )
+        if isinstance(stream, trio.SocketStream):
+            _send_in_few_packets(stream.socket)
         if self._shutdown.is_set():
             connection.hurry()
             if isinstance(stream, trio.SocketStream):
@@ -255,6 +257,17 @@ def _set_minimum_hops(sock: trio.socket.SocketType, number: int) -> None:
     if sys.platform == "linux" and sock.family in MINIMUM_HOPS:
         with suppress(OSError):  # gVisor, for one, stands in for Linux without this
             sock.setsockopt(*MINIMUM_HOPS[sock.family], number)
+
+
+def _send_in_few_packets(sock: trio.socket.SocketType) -> None:
+    """Let the kernel wait for full packets or the end (tcp(7), ``TCP_CORK``), on Linux.
+
+    A short reply and its end then travel as one packet, which is a tenth of all the work that a
+    connection makes. The kernel waits for 0.2 seconds at most.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):  # not TCP
+            sock.setsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_CORK, 1)
 
 
 async def _addresses(host: str, port: int) -> list[str]:
