@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import trio
 
+from trio_server.backlog import AcceptFirst
 from trio_server.connection import CLIENT_TIMEOUT, Connection, Outcome, Responder
 
 GRACE_PERIOD = 30.0
@@ -67,8 +68,9 @@ class Server:
         self._client_timeout = client_timeout
         self._turns = None if max_connections is None else trio.CapacityLimiter(max_connections)
         self._started = False
-        # The listeners that we opened: nobody shares their queues.
-        self._own_listeners: list[trio.SocketListener] = []
+        self._listeners: list[trio.SocketListener] = []
+        # Whether others may accept from them as well: then their queues are not ours to empty.
+        self._shares_queues = False
         self._connections: set[Connection] = set()
         self._shutdown = trio.Event()
         # Wraps the whole server. It has no deadline until the shutdown begins.
@@ -132,8 +134,10 @@ class Server:
             # Two nurseries, because accepting ends before the connections do: leaving the
             # inner one stops the listeners, leaving the outer one waits for the last client.
             async with trio.open_nursery() as connections, trio.open_nursery() as acceptors:
+                # "Any object with a `start_soon` method", says `trio.serve_listeners`.
+                handlers = cast("trio.Nursery", AcceptFirst(connections, self._listeners))
                 try:
-                    listeners = await start(acceptors, connections)
+                    listeners = await start(acceptors, handlers)
                 except OSError as error:
                     # Raised later, outside the nurseries, which would wrap it in groups.
                     failure = error
@@ -145,7 +149,7 @@ class Server:
                 # No `await` between the last look at the queues and their end: cancelling takes
                 # effect when the accept loops run again, closing takes effect now.
                 acceptors.cancel_scope.cancel()
-                for listener in self._own_listeners:
+                for listener in self._listeners:
                     listener.socket.close()
         if failure is not None:
             raise failure
@@ -153,7 +157,7 @@ class Server:
             task_status.started([])
 
     async def _listen(
-        self, port: int, host: str, acceptors: trio.Nursery, connections: trio.Nursery
+        self, port: int, host: str, acceptors: trio.Nursery, handlers: trio.Nursery
     ) -> list[trio.SocketListener]:
         """Start `trio.serve_tcp` on each address of the host, in the nursery ``acceptors``."""
         unavailable = []
@@ -161,29 +165,31 @@ class Server:
             # One call for each address, as a single call for all gives up on the first one
             # that is unavailable.
             serve = partial(
-                trio.serve_tcp, self._handle, port, host=address, handler_nursery=connections
+                trio.serve_tcp, self._handle, port, host=address, handler_nursery=handlers
             )
             try:
-                self._own_listeners += await acceptors.start(serve)
+                self._listeners += await acceptors.start(serve)
             except OSError as error:
                 if error.errno not in UNAVAILABLE:
                     raise
                 unavailable.append((address, error.strerror))
-        if not self._own_listeners:
+        if not self._listeners:
             raise OSError(errno.EADDRNOTAVAIL, f"this machine has no address of {host!r}")
         for address, reason in unavailable:
             logger.warning("not listening on %s: %s", address, reason)
-        return list(self._own_listeners)
+        return list(self._listeners)
 
     async def _take_over(
         self,
         listeners: Sequence[trio.abc.Listener[trio.abc.HalfCloseableStream]],
         acceptors: trio.Nursery,
-        connections: trio.Nursery,
+        handlers: trio.Nursery,
     ) -> Sequence[trio.abc.Listener[trio.abc.HalfCloseableStream]]:
         """Start `trio.serve_listeners`, in the nursery ``acceptors``."""
+        self._listeners += [one for one in listeners if isinstance(one, trio.SocketListener)]
+        self._shares_queues = True
         serve = partial(
-            trio.serve_listeners, self._handle, list(listeners), handler_nursery=connections
+            trio.serve_listeners, self._handle, list(listeners), handler_nursery=handlers
         )
         await acceptors.start(serve)
         return listeners
@@ -234,10 +240,10 @@ class Server:
         clients may have sent their request already; they cannot know that nobody has seen it.
         """
         await trio.lowlevel.checkpoint()  # A cancelled server has closed them already.
-        if not self._own_listeners:
+        if self._shares_queues:
             return
         queues = select.poll()
-        for listener in self._own_listeners:
+        for listener in self._listeners:
             # Newcomers stay unanswered: their kernel tries again after a second, and meets the
             # next server or a closed port. Elsewhere than on Linux, the shortest queue there is
             # (listen(2)) lets in one at a time.
