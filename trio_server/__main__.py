@@ -15,6 +15,7 @@ import contextlib
 import errno
 import gc
 import logging
+import logging.handlers
 import math
 import os
 import resource
@@ -43,6 +44,9 @@ COLLECTOR_THRESHOLDS = (1_000_000, 10, 10)
 and the older ones after 10 such collections. A connection takes some 35 objects, so that not
 even a burst of 20,000 sets off a collection. Tried in ``tests/benchmark/collector.py``."""
 
+LOG_BUFFER = 1000
+"""Lines of the log that may wait until there is nothing else to do: about 0.2 seconds' worth."""
+
 BANNER = "Waiting for connection to be established"
 
 logger: logging.Logger = logging.getLogger("trio_server")
@@ -56,14 +60,14 @@ def main() -> int | str:
         not start, for stderr and status 1.
     """
     options = parse_arguments()
-    set_up_logging(options.log_level)
+    log = set_up_logging(options.log_level)
     raise_file_limit()
     tune_collector()
     # `run` replaces these handlers for as long as it lasts. A signal that comes when all is
     # done has nothing left to stop.
     for signum in STOP_SIGNALS:
         signal.signal(signum, lambda *_: None)
-    status = trio.run(run, options, inherited_sockets())
+    status = trio.run(run, options, inherited_sockets(), instruments=[WriteWhenIdle(log)])
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # what Python leaves as it is when it ends
     return status
@@ -164,14 +168,33 @@ def count(text: str) -> int:
     return int(text)
 
 
-def set_up_logging(level: str) -> None:
-    """Log to stderr from a level on."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level.upper())
+def set_up_logging(level: str) -> logging.Handler:
+    """Log to stderr from a level on; return the handler that has to be flushed."""
+    stderr = logging.StreamHandler()
+    stderr.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.handlers.MemoryHandler(LOG_BUFFER, flushLevel=logging.WARNING, target=stderr)
+    logging.basicConfig(handlers=[log], level=level.upper())
     logging.raiseExceptions = False  # A log that cannot be written is no reason for tracebacks.
     # What the format does not show need not be found out (logging HOWTO, "Optimization").
     logging._srcfile = None  # noqa: SLF001
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.getLogger("trio.serve_listeners").addFilter(OncePerSecond())
+    return log
+
+
+class WriteWhenIdle(trio.abc.Instrument):
+    """Writes the log when no task can run: clients come first, and many lines at once are cheaper.
+
+    Warnings and errors are written at once, and so is everything when the buffer is full.
+    """
+
+    def __init__(self, log: logging.Handler) -> None:
+        self._log = log
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Do it before Trio waits; with a time-out of 0 it would not wait, but go on."""
+        if timeout > 0:
+            self._log.flush()
 
 
 class OncePerSecond(logging.Filter):
@@ -294,6 +317,8 @@ def announce(listeners: list[trio.SocketListener]) -> None:
     """Say on stderr where the server listens, and on stdout that it accepts connections."""
     for listener in listeners:
         logger.info("listening on %s", format_address(listener.socket.getsockname()))
+    for handler in logging.getLogger().handlers:
+        handler.flush()  # to the same terminal, perhaps, and in this order
     try:
         print(BANNER, flush=True)
     except OSError:
