@@ -2,6 +2,7 @@
 
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -84,18 +85,19 @@ def hold(server: Running, connections: int, delay: float) -> Held:
     # One more: ab makes its first request alone, and the others when that was answered.
     requests = connections + 1
     resident_before, files_before = resident(server.pid), descriptors(server.pid)
-    memory = None
+    looks = []
     dropped_before = dropped()
     with ab(server.port, requests, connections) as client:
         give_up = time.monotonic() + AB_TIMEOUT
         while client.poll() is None and time.monotonic() < give_up:
-            # As many descriptors as connections: all were accepted, none was closed. The last
-            # look that finds them counts, as then the handlers had the time to start.
+            # As many descriptors as connections: all were accepted, none was closed.
             if descriptors(server.pid) >= files_before + connections:
-                memory = (resident(server.pid) - resident_before) / connections
+                looks.append((resident(server.pid) - resident_before) / connections)
             time.sleep(delay / LOOKS)
         load = report(client, requests)
-    return Held(load, None if load.failures else memory, dropped() - dropped_before)
+    # In the middle of that time all handlers had the time to start, and none to answer.
+    memory = None if load.failures or not looks else statistics.median(looks)
+    return Held(load, memory, dropped() - dropped_before)
 
 
 def hurry(server: Running, requests: int) -> Rate:
