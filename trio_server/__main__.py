@@ -44,8 +44,12 @@ COLLECTOR_THRESHOLDS = (1_000_000, 10, 10)
 and the older ones after 10 such collections. A connection takes some 35 objects, so that not
 even a burst of 20,000 sets off a collection. Tried in ``tests/benchmark/collector.py``."""
 
+LOG_INTERVAL = 0.2
+"""Seconds between two times that the log is written: too short to be noticed, long enough for
+many lines to come together, when the server is busy. Each of them takes less time then."""
+
 LOG_BUFFER = 1000
-"""Lines of the log that may wait until there is nothing else to do: about 0.2 seconds' worth."""
+"""Lines at which the log is written early."""
 
 BANNER = "Waiting for connection to be established"
 
@@ -60,14 +64,15 @@ def main() -> int | str:
         not start, for stderr and status 1.
     """
     options = parse_arguments()
-    log = set_up_logging(options.log_level)
+    set_up_logging(options.log_level)
     raise_file_limit()
     tune_collector()
     # `run` replaces these handlers for as long as it lasts. A signal that comes when all is
     # done has nothing left to stop.
     for signum in STOP_SIGNALS:
         signal.signal(signum, lambda *_: None)
-    status = trio.run(run, options, inherited_sockets(), instruments=[WriteWhenIdle(log)])
+    status = trio.run(run, options, inherited_sockets())
+    flush_log()
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # what Python leaves as it is when it ends
     return status
@@ -168,8 +173,8 @@ def count(text: str) -> int:
     return int(text)
 
 
-def set_up_logging(level: str) -> logging.Handler:
-    """Log to stderr from a level on; return the handler that has to be flushed."""
+def set_up_logging(level: str) -> None:
+    """Log to stderr from a level on: warnings and errors at once, the rest with `flush_log`."""
     stderr = logging.StreamHandler()
     stderr.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.handlers.MemoryHandler(LOG_BUFFER, flushLevel=logging.WARNING, target=stderr)
@@ -179,22 +184,12 @@ def set_up_logging(level: str) -> logging.Handler:
     logging._srcfile = None  # noqa: SLF001
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.getLogger("trio.serve_listeners").addFilter(OncePerSecond())
-    return log
 
 
-class WriteWhenIdle(trio.abc.Instrument):
-    """Writes the log when no task can run: clients come first, and many lines at once are cheaper.
-
-    Warnings and errors are written at once, and so is everything when the buffer is full.
-    """
-
-    def __init__(self, log: logging.Handler) -> None:
-        self._log = log
-
-    def before_io_wait(self, timeout: float) -> None:
-        """Do it before Trio waits; with a time-out of 0 it would not wait, but go on."""
-        if timeout > 0:
-            self._log.flush()
+def flush_log() -> None:
+    """Write what the log has buffered."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
 
 
 class OncePerSecond(logging.Filter):
@@ -291,6 +286,7 @@ async def run(options: argparse.Namespace, sockets: list[socket.socket]) -> int 
     with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         async with trio.open_nursery() as watchers:
+            watchers.start_soon(write_log)
             watchers.start_soon(shut_down_on_signals, signals, server, options.grace_period)
             failure = await serve(start)
             watchers.cancel_scope.cancel()
@@ -317,14 +313,20 @@ def announce(listeners: list[trio.SocketListener]) -> None:
     """Say on stderr where the server listens, and on stdout that it accepts connections."""
     for listener in listeners:
         logger.info("listening on %s", format_address(listener.socket.getsockname()))
-    for handler in logging.getLogger().handlers:
-        handler.flush()  # to the same terminal, perhaps, and in this order
+    flush_log()  # which may go to the same terminal, and should come first there
     try:
         print(BANNER, flush=True)
     except OSError:
         # Whoever started the server has stopped reading: no reason to stop serving. What is
         # left in the buffer has to go somewhere, or writing it fails again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+async def write_log() -> None:
+    """Write the log every now and then, for as long as the server runs."""
+    while True:
+        await trio.sleep(LOG_INTERVAL)
+        flush_log()
 
 
 async def shut_down_on_signals(
