@@ -137,10 +137,13 @@ class Connection:
         """Whether a request was received that still waits for its reply."""
         return self.outcome is Outcome.CUT_OFF
 
-    async def serve(self) -> Outcome:
+    async def serve(self, ended: Callable[["Connection"], None] = lambda _: None) -> Outcome:
         """Serve the client until nothing is left to do but to close, and log one line at INFO.
 
         Closing is left to whoever opened the stream (`trio.serve_listeners` does it).
+
+        Args:
+            ended: Called with the connection when `outcome` is final, cancelled or not.
 
         Returns:
             What came of it.
@@ -186,6 +189,7 @@ class Connection:
                 self.bytes_out,
                 trio.current_time() - started,
             )
+            ended(self)
         return self.outcome
 
     async def _take_turn(self, turns: trio.CapacityLimiter) -> None:

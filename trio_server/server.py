@@ -194,8 +194,9 @@ class Server:
         await acceptors.start(serve)
         return listeners
 
-    async def _handle(self, stream: trio.abc.HalfCloseableStream) -> None:
+    def _handle(self, stream: trio.abc.HalfCloseableStream) -> Awaitable[Outcome]:
         """Serve one connection, in a task of its own."""
+        # Not `async`: an `await` in here would keep one more frame for each connection.
         connection = Connection(
             stream,
             self._respond,
@@ -211,11 +212,11 @@ class Server:
                 # A handshake that ended during the last call left it as deaf as the listener.
                 _set_minimum_hops(stream.socket, 0)
         self._connections.add(connection)
-        try:
-            await connection.serve()
-        finally:
-            self._connections.discard(connection)
-            self.outcomes[connection.outcome] += 1
+        return connection.serve(self._count)
+
+    def _count(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self.outcomes[connection.outcome] += 1
 
     def shut_down(self, grace_period: float = GRACE_PERIOD) -> None:
         """Stop accepting, let the requests in flight finish, then stop. Returns at once.
