@@ -39,6 +39,7 @@ def test_each_connection_leaves_one_line_and_the_end_the_totals(serve: Start) ->
         port = client.getsockname()[1]
         client.sendall(b"hi\n")
         assert receive_all(client) == REPLY
+    process.wait_for_log("answered")
     process.connect().close()
     process.wait_for_log("sent nothing")
     assert process.stop() == 0

@@ -3,7 +3,7 @@ import sys
 
 import trio_server
 
-SUBMODULES = {"backlog", "connection", "responder", "server"}
+SUBMODULES = {"backlog", "connection", "lull", "responder", "server"}
 
 
 def run(program: str) -> str:

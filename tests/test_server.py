@@ -12,6 +12,7 @@ from trio.testing import MockClock, memory_stream_pair, open_stream_to_socket_li
 
 from trio_server import Outcome, Server, hello_world
 from trio_server.connection import CLOSING_TIME
+from trio_server.lull import INTERVAL
 from trio_server.responder import REPLY
 
 # These tests run on real sockets and in real time: what they wait for is short.
@@ -210,22 +211,23 @@ async def test_a_short_reply_and_its_end_are_one_packet(nursery: trio.Nursery) -
     server.shut_down()
 
 
+class Listener(trio.abc.Listener[trio.abc.HalfCloseableStream]):
+    """Accepts one client in memory, then none."""
+
+    def __init__(self, stream: trio.abc.HalfCloseableStream) -> None:
+        self.streams = [stream]
+        self.closed = False
+
+    async def accept(self) -> trio.abc.HalfCloseableStream:
+        if not self.streams:
+            await trio.sleep_forever()
+        return self.streams.pop()
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
 async def test_in_memory_listeners(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
-    class Listener(trio.abc.Listener[trio.abc.HalfCloseableStream]):
-        """Accepts one client, then none."""
-
-        def __init__(self, stream: trio.abc.HalfCloseableStream) -> None:
-            self.streams = [stream]
-            self.closed = False
-
-        async def accept(self) -> trio.abc.HalfCloseableStream:
-            if not self.streams:
-                await trio.sleep_forever()
-            return self.streams.pop()
-
-        async def aclose(self) -> None:
-            self.closed = True
-
     client, stream = memory_stream_pair()
     listener = Listener(stream)
     server = Server(hello_world)
@@ -236,6 +238,32 @@ async def test_in_memory_listeners(nursery: trio.Nursery, autojump_clock: MockCl
     await trio.sleep(CLOSING_TIME + 0.1)
     assert listener.closed
     assert server.outcomes == {Outcome.ANSWERED: 1}
+
+
+@pytest.mark.parametrize(
+    ("server", "wait"),
+    [
+        (Server(hello_world), INTERVAL),
+        (Server(hello_world, max_connections=1), 0),
+        (Server(hello_world, client_timeout=CLOSING_TIME / 2), 0),
+    ],
+    ids=["usually", "but not in a line", "and not with little time"],
+)
+async def test_answered_connections_wait_for_a_lull(
+    server: Server, wait: float, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    client, stream = memory_stream_pair()
+    await nursery.start(server.serve_listeners, [Listener(stream)])
+    await client.send_all(b"hi")
+    assert await read_all(client) == REPLY
+    replied = trio.current_time()
+    await client.aclose()
+    while not server.outcomes:
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(INTERVAL / 10)
+    ended = trio.current_time()
+    assert replied + wait <= ended <= replied + wait + INTERVAL / 5
+    server.shut_down()
 
 
 async def test_the_queue_of_a_listener_from_elsewhere_is_left_alone() -> None:

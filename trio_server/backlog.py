@@ -17,7 +17,7 @@ QUEUE_LENGTH = struct.Struct("24xII")
 """In Linux's ``struct tcp_info`` (tcp(7)) of a listening socket: after 24 bytes, how many
 connections are queued and how many may be. It is what `ss -l` shows."""
 
-TURNS = 4
+TURNS = 16
 """Connections to accept for each one that starts, while a queue is more than half full."""
 
 

@@ -137,12 +137,18 @@ class Connection:
         """Whether a request was received that still waits for its reply."""
         return self.outcome is Outcome.CUT_OFF
 
-    async def serve(self, ended: Callable[["Connection"], None] = lambda _: None) -> Outcome:
+    async def serve(
+        self,
+        *,
+        lull: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint,
+        ended: Callable[["Connection"], None] = lambda _: None,
+    ) -> Outcome:
         """Serve the client until nothing is left to do but to close, and log one line at INFO.
 
         Closing is left to whoever opened the stream (`trio.serve_listeners` does it).
 
         Args:
+            lull: Awaited when the client has its reply; by default, a turn of the other tasks.
             ended: Called with the connection when `outcome` is final, cancelled or not.
 
         Returns:
@@ -153,6 +159,7 @@ class Connection:
                 request was cut off.
         """
         started = trio.current_time()
+        replied = None
         try:
             # No helper function from the request to the reply, because that is where all the
             # connections wait: each of them would keep the helper's frame in memory.
@@ -173,6 +180,8 @@ class Connection:
                         logger.exception("%s: the responder failed", self.peer)
                 if reply is not None:
                     await self._reply(reply)
+                    replied = trio.current_time()
+                    await self._read_to_the_end(lull)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             # `except*`, because in the line a nursery wraps them.
             self._end_unanswered(Outcome.WENT_AWAY)
@@ -187,7 +196,7 @@ class Connection:
                 self.outcome.value,
                 self.bytes_in,
                 self.bytes_out,
-                trio.current_time() - started,
+                (replied or trio.current_time()) - started,
             )
             ended(self)
         return self.outcome
@@ -229,16 +238,20 @@ class Connection:
         self.outcome = Outcome.ANSWERED
         logger.debug("%s was sent %d bytes, closing", self.peer, self.bytes_out)
 
-        # Closing in stages (RFC 9112, section 9.6). A socket closed with unread input in it
-        # makes the kernel send a reset, and the reset can overtake the reply and destroy it.
-        # So: say that nothing more will come, read what the client still sends, then close.
+    async def _read_to_the_end(self, lull: Callable[[], Awaitable[object]]) -> None:
+        """Close in stages (RFC 9112, section 9.6), but for the last one.
+
+        A socket closed with unread input in it makes the kernel send a reset, and the reset can
+        overtake the reply and destroy it. So: say that nothing more will come, read what the
+        client still sends, then close.
+        """
         deadline = trio.current_time() + self._idle_timeout
         if not math.isclose(deadline, self._scope.deadline, abs_tol=0.1):
             self._scope.deadline = deadline  # costs as much as sending, so only when it matters
         await self._stream.send_eof()
-        # A turn for the other tasks. Most clients have closed when it is over, and then a look
-        # is enough; it costs less than to have the kernel watch for what is about to come.
-        await trio.lowlevel.checkpoint()
+        # Most clients have closed after the lull, and then a look is enough. It costs less than
+        # to have the kernel watch for what is about to come.
+        await lull()
         while surplus := await self._stream.receive_some():
             self.bytes_in += len(surplus)
 

@@ -13,7 +13,14 @@ from typing import Any, cast
 import trio
 
 from trio_server.backlog import AcceptFirst
-from trio_server.connection import CLIENT_TIMEOUT, Connection, Outcome, Responder
+from trio_server.connection import (
+    CLIENT_TIMEOUT,
+    CLOSING_TIME,
+    Connection,
+    Outcome,
+    Responder,
+)
+from trio_server.lull import Lull
 
 GRACE_PERIOD = 30.0
 """Seconds that requests in flight may take, once a shutdown has begun. Process managers kill
@@ -72,6 +79,7 @@ class Server:
         # Whether others may accept from them as well: then their queues are not ours to empty.
         self._shares_queues = False
         self._connections: set[Connection] = set()
+        self._lull: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint
         self._shutdown = trio.Event()
         # Wraps the whole server. It has no deadline until the shutdown begins.
         self._grace = trio.CancelScope()
@@ -136,6 +144,10 @@ class Server:
             async with trio.open_nursery() as connections, trio.open_nursery() as acceptors:
                 # "Any object with a `start_soon` method", says `trio.serve_listeners`.
                 handlers = cast("trio.Nursery", AcceptFirst(connections, self._listeners))
+                # Not if others wait in line for the end of each connection, and not if clients
+                # have so little time that it would be over by then.
+                if self._turns is None and self._client_timeout >= CLOSING_TIME:
+                    self._lull = Lull(connections).wait
                 try:
                     listeners = await start(acceptors, handlers)
                 except OSError as error:
@@ -212,7 +224,7 @@ class Server:
                 # A handshake that ended during the last call left it as deaf as the listener.
                 _set_minimum_hops(stream.socket, 0)
         self._connections.add(connection)
-        return connection.serve(self._count)
+        return connection.serve(lull=self._lull, ended=self._count)
 
     def _count(self, connection: Connection) -> None:
         self._connections.discard(connection)

@@ -1,0 +1,83 @@
+import math
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from trio_server.lull import INTERVAL, LONGEST, PUNCTUAL, Lull
+
+
+async def test_an_idle_scheduler_has_a_lull_at_the_first_look(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    lull = Lull(nursery)
+    for number in range(1, 4):
+        await lull.wait()
+        assert trio.current_time() == number * INTERVAL
+
+
+async def test_all_who_wait_go_on_together(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    lull = Lull(nursery)
+    ends = []
+
+    async def wait_from(start: float) -> None:
+        await trio.sleep(start)
+        await lull.wait()
+        ends.append(trio.current_time())
+
+    async with trio.open_nursery() as connections:
+        for tenth in range(10):
+            connections.start_soon(wait_from, INTERVAL * tenth / 10)
+    assert ends == [INTERVAL] * 10
+    assert len(nursery.child_tasks) == 0
+
+
+async def test_one_that_is_cancelled_leaves_the_others_waiting(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    lull = Lull(nursery)
+    with trio.move_on_after(INTERVAL / 2) as first:
+        await lull.wait()
+    assert first.cancelled_caught
+    assert trio.current_time() == INTERVAL / 2
+    await lull.wait()
+    assert trio.current_time() == INTERVAL
+
+
+async def busy(clock: MockClock, seconds: float, turns: float = math.inf) -> None:
+    """Let every turn of the scheduler take that long."""
+    while turns > 0:
+        clock.jump(seconds)
+        turns -= 1
+        await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize(
+    ("turn", "wait"),
+    [
+        # Some turns more, until the tasks have started and ended.
+        (PUNCTUAL / 2, INTERVAL),
+        (LONGEST / 4, LONGEST),
+    ],
+)
+async def test_the_wait_lasts_while_tasks_stand_in_line_but_not_for_ever(
+    turn: float, wait: float, nursery: trio.Nursery, mock_clock: MockClock
+) -> None:
+    lull = Lull(nursery)
+    async with trio.open_nursery() as others:
+        others.start_soon(busy, mock_clock, turn)
+        before = trio.current_time()
+        await lull.wait()
+        others.cancel_scope.cancel()
+    assert wait <= trio.current_time() - before <= wait + 5 * turn
+
+
+async def test_the_wait_ends_with_the_line(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    lull = Lull(nursery)
+    nursery.start_soon(busy, autojump_clock, 2 * INTERVAL, 2)
+    await lull.wait()
+    assert 4 * INTERVAL <= trio.current_time() < LONGEST
