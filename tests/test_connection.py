@@ -436,7 +436,10 @@ async def test_one_line_at_info_and_the_stages_at_debug(
     caplog.set_level(logging.DEBUG, logger="trio_server")
     client, server = memory_stream_pair()
     trial = Trial(nursery, server, hello_world)
-    await ask(client, b"hi\n")
+    await client.send_all(b"hi\n")
+    assert await read_all(client) == REPLY
+    await trio.sleep(1)  # The time in the log is that until the reply.
+    await client.aclose()
     await trial.end()
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert lines == [

@@ -71,8 +71,10 @@ def main() -> int | str:
     # done has nothing left to stop.
     for signum in STOP_SIGNALS:
         signal.signal(signum, lambda *_: None)
-    status = trio.run(run, options, inherited_sockets())
-    flush_log()
+    try:
+        status = trio.run(run, options, inherited_sockets())
+    finally:
+        flush_log()
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # what Python leaves as it is when it ends
     return status

@@ -21,6 +21,11 @@ TURNS = 16
 """Connections to accept for each one that starts, while a queue is more than half full."""
 
 
+MOST_WAITING = 10_000
+"""Connections that may wait to start. With more, handling keeps up with accepting again, so that
+clients without end cannot keep those from their reply that came before."""
+
+
 class AcceptFirst:
     """Starts handlers in a nursery; what `trio.serve_listeners` takes for its handler nursery.
 
@@ -51,7 +56,8 @@ class AcceptFirst:
         try:
             while self._waiting:
                 # A checkpoint is a turn for all other tasks: each accept loop accepts once.
-                for _ in range(TURNS if self._queue_fills_up() else 1):
+                hold_back = len(self._waiting) < MOST_WAITING and self._queue_fills_up()
+                for _ in range(TURNS if hold_back else 1):
                     await trio.lowlevel.checkpoint()
                 self._nursery.start_soon(*self._waiting.popleft())
         finally:
@@ -70,6 +76,8 @@ def _is_half_full(sock: trio.socket.SocketType) -> bool:
     try:
         info = sock.getsockopt(trio.socket.IPPROTO_TCP, trio.socket.TCP_INFO, QUEUE_LENGTH.size)
     except OSError:  # closed in the meantime, or not TCP
+        return False
+    if len(info) < QUEUE_LENGTH.size:  # not quite Linux
         return False
     queued, longest = QUEUE_LENGTH.unpack(info)
     return bool(2 * queued > longest)

@@ -190,15 +190,15 @@ class Connection:
                 self._turns.release()
             if self._scope.cancelled_caught:
                 self._end_unanswered(Outcome.TIMED_OUT)
+            ended(self)
             logger.info(
                 "%s %s: %d bytes in, %d bytes out, %.3f s",
                 self.peer,
                 self.outcome.value,
                 self.bytes_in,
                 self.bytes_out,
-                (replied or trio.current_time()) - started,
+                (trio.current_time() if replied is None else replied) - started,
             )
-            ended(self)
         return self.outcome
 
     async def _take_turn(self, turns: trio.CapacityLimiter) -> None:
@@ -250,8 +250,10 @@ class Connection:
             self._scope.deadline = deadline  # costs as much as sending, so only when it matters
         await self._stream.send_eof()
         # Most clients have closed after the lull, and then a look is enough. It costs less than
-        # to have the kernel watch for what is about to come.
-        await lull()
+        # to have the kernel watch for what is about to come. Who sent a longer request needs
+        # the look now: whatever cuts the lull short would leave the rest unread.
+        if self.bytes_in < REQUEST_SIZE:
+            await lull()
         while surplus := await self._stream.receive_some():
             self.bytes_in += len(surplus)
 

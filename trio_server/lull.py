@@ -1,13 +1,13 @@
 """Connections that only have to be closed wait for a lull, and are then closed together.
 
 Their clients have all that they wait for. So the time that closing takes is better spent when
-nobody waits for a reply, and many at a time take less of it than one by one.
+the scheduler has little else to do, and many at a time take less of it than one by one.
 """
 
 import trio
 
 INTERVAL = 0.05
-"""Seconds between two looks whether there is a lull; a connection waits for one at least."""
+"""Seconds between two looks whether there is a lull."""
 
 LONGEST = 0.5
 """Seconds after which they are closed all the same: half of the time (`CLOSING_TIME`) that their
@@ -30,7 +30,7 @@ class Lull:
         self._waiting = trio.lowlevel.ParkingLot()
 
     async def wait(self) -> None:
-        """Wait until there is a lull, or for half a second."""
+        """Wait until there is a lull, or for about half a second."""
         if not self._waiting:
             self._nursery.start_soon(self._end_wait)
         await self._waiting.park()
