@@ -51,7 +51,9 @@ logger: logging.Logger = logging.getLogger("trio_server")
 class Server:
     """Answers every connection with a responder, until it is shut down. It serves once.
 
-    Cancelling `serve_tcp` stops it at once, `shut_down` stops it gracefully.
+    Cancelling `serve_tcp` stops it at once, `shut_down` stops it gracefully. Connections that have
+    been answered are closed when the scheduler has little to do, after about half a second at
+    most; at once with ``max_connections``, or a client time-out below `CLOSING_TIME`.
 
     Args:
         respond: Turns the request of a connection into its reply.
