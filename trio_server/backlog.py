@@ -20,7 +20,6 @@ connections are queued and how many may be. It is what `ss -l` shows."""
 TURNS = 16
 """Connections to accept for each one that starts, while a queue is more than half full."""
 
-
 MOST_WAITING = 10_000
 """Connections that may wait to start. With more, handling keeps up with accepting again, so that
 clients without end cannot keep those from their reply that came before."""
@@ -44,13 +43,12 @@ class AcceptFirst:
 
     def start_soon(self, handler: Callable[..., Awaitable[object]], *args: object) -> None:
         """Start a handler: at once, unless others wait or a queue is more than half full."""
-        if self._waiting:
-            self._waiting.append((handler, *args))
-        elif self._queue_fills_up():
-            self._waiting.append((handler, *args))
+        if not self._waiting:
+            if not self._queue_fills_up():
+                self._nursery.start_soon(handler, *args)
+                return
             self._nursery.start_soon(self._catch_up)
-        else:
-            self._nursery.start_soon(handler, *args)
+        self._waiting.append((handler, *args))
 
     async def _catch_up(self) -> None:
         try:

@@ -218,11 +218,11 @@ class Server:
             turns=self._turns,
             peer=_peer(stream),
         )
-        if isinstance(stream, trio.SocketStream):
-            _send_in_few_packets(stream.socket)
         if self._shutdown.is_set():
             connection.hurry()
-            if isinstance(stream, trio.SocketStream):
+        if isinstance(stream, trio.SocketStream):
+            _send_in_few_packets(stream.socket)
+            if self._shutdown.is_set():
                 # A handshake that ended during the last call left it as deaf as the listener.
                 _set_minimum_hops(stream.socket, 0)
         self._connections.add(connection)
