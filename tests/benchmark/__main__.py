@@ -81,7 +81,7 @@ def measure(kinds: list[Kind], plan: Plan, folder: Path) -> Results:
                     results.held[kind.name, size].append(held)
                     p99 = cell(beyond(held.load.p99, plan))
                     say(f"round {number}: {kind.name}: {size:,} held, p99 {p99} ms beyond")
-        for processes in (1, 2):
+        for processes in (1, 2) * plan.shared:
             load = share(processes, plan.requests, folder)
             results.shared[processes].append(load)
             say(f"round {number}: {processes} on one socket: {cell(load.rate)} requests/s")

@@ -94,7 +94,7 @@ def hold(server: Running, connections: int, delay: float) -> Held:
             if descriptors(server.pid) >= files_before + connections:
                 looks.append((resident(server.pid) - resident_before) / connections)
             time.sleep(delay / LOOKS)
-        load = report(client, requests)
+        load = report(client, requests, give_up)
     # In the middle of that time all handlers had the time to start, and none to answer.
     memory = None if load.failures or not looks else statistics.median(looks)
     return Held(load, memory, dropped() - dropped_before)
@@ -111,7 +111,7 @@ def hurry(server: Running, requests: int) -> Rate:
 def burst(port: int, requests: int) -> Load:
     """Make requests as fast as whoever serves a port answers them."""
     with ab(port, requests, CLIENTS) as client:
-        return report(client, requests)
+        return report(client, requests, time.monotonic() + AB_TIMEOUT)
 
 
 @contextmanager
@@ -128,10 +128,10 @@ def ab(port: int, requests: int, clients: int) -> Iterator[subprocess.Popen[str]
             process.kill()
 
 
-def report(client: subprocess.Popen[str], requests: int) -> Load:
-    """Wait for ab and read what it says."""
+def report(client: subprocess.Popen[str], requests: int, give_up: float) -> Load:
+    """Wait for ab, until a time of `time.monotonic`, and read what it says."""
     try:
-        text, _ = client.communicate(timeout=AB_TIMEOUT)
+        text, _ = client.communicate(timeout=max(0, give_up - time.monotonic()))
     except subprocess.TimeoutExpired:
         return Load(requests, failures=requests)
     load = parse(text, requests)

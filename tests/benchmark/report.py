@@ -28,6 +28,8 @@ class Plan:
         held: Connections held at once.
         growth: More numbers of them, measured in the first round only: they take long.
         requests: Requests to measure the rate with.
+        shared: How often in a round to measure processes that share a socket, as these times
+            vary more than others: ab and both processes compete for the cores.
     """
 
     rounds: int
@@ -35,10 +37,13 @@ class Plan:
     held: int
     growth: tuple[int, ...]
     requests: int
+    shared: int
 
 
-FULL = Plan(rounds=3, delay=4, held=10_000, growth=(1_000, 5_000, 19_000), requests=10_000)
-SMALL = Plan(rounds=1, delay=0.5, held=200, growth=(50,), requests=1_000)
+FULL = Plan(
+    rounds=3, delay=4, held=10_000, growth=(1_000, 5_000, 19_000), requests=20_000, shared=3
+)
+SMALL = Plan(rounds=1, delay=0.5, held=200, growth=(50,), requests=1_000, shared=1)
 
 
 @dataclass(frozen=True)
