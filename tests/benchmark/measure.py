@@ -172,8 +172,8 @@ def dropped() -> int:
     """Count what the kernel has dropped, since it started, as a listen queue was full."""
     lines = (line.split() for line in Path("/proc/net/netstat").read_text().splitlines())
     for names, numbers in zip(lines, lines, strict=True):  # a line of names, one of numbers
-        if "ListenDrops" in names:
-            return int(numbers[names.index("ListenDrops")])
+        if "ListenOverflows" in names:
+            return int(numbers[names.index("ListenOverflows")])
     return 0
 
 

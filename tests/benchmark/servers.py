@@ -112,11 +112,11 @@ def available(folder: Path) -> tuple[list[Kind], list[str]]:
         else:
             left_out.append(f"{package} is left out: it is not installed (`pip install .[bench]`)")
 
-    original, floor = str(folder / "original"), str(folder / "floor")
-    go = ("go", "build", "-o", original, "original.go")
+    goroutines, floor = str(folder / "goroutines"), str(folder / "floor")
+    go = ("go", "build", "-o", goroutines, "goroutines.go")
     cc = ("cc", "-O2", "-o", floor, "floor.c")
     for kind, build in (
-        (Kind("Go", (original,)), go),
+        (Kind("Go", (goroutines,)), go),
         (Kind("C floor", (floor,), sleeps=False), cc),
     ):
         if shutil.which(build[0]):

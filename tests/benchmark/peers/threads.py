@@ -17,7 +17,7 @@ class Answer(BaseRequestHandler):
 
 class Server(ThreadingTCPServer):
     allow_reuse_address = True
-    daemon_threads = True  # without it, every thread that ever ran is remembered
+    daemon_threads = True  # without it, each new thread goes through a list of all that run
     request_queue_size = 65_535  # as Trio has it; the 5 of the library would measure drops
 
 
