@@ -53,7 +53,7 @@ def test_each_connection_leaves_one_line_and_the_end_the_totals(serve: Start) ->
         r"INFO 127\.0\.0\.1:\d+ sent nothing: 0 bytes in, 0 bytes out, 0\.\d{3} s", lines[2]
     )
     assert lines[3:] == [
-        "INFO SIGTERM: shutting down, 0 in flight may take up to 30 s; a second Ctrl-C stops now",
+        "INFO SIGTERM: shutting down, 0 in flight may take up to 30 s; a second signal stops now",
         "INFO stopped: 1 answered, 1 sent nothing, 0 went away, 0 timed out, 0 cut off, 0 failed",
     ]
 
@@ -228,7 +228,7 @@ def test_two_signals_cut_off_what_is_in_flight(serve: Start) -> None:
     process = serve("--delay", "60", "--log-level", "debug")
     with send(process) as client:
         process.kill(signal.SIGINT)
-        process.wait_for_log("a second Ctrl-C stops now")
+        process.wait_for_log("a second signal stops now")
         assert process.stop(signal.SIGINT) == 1
         assert receive_all(client) == b""
     assert "cut off: 3 bytes in, 0 bytes out" in process.stderr
@@ -242,7 +242,7 @@ def test_two_signals_with_nothing_in_flight_are_no_failure(serve: Start) -> None
         client.sendall(b"hi\n")
         assert receive_all(client) == REPLY  # both are accepted by now
         process.kill(signal.SIGINT)
-        process.wait_for_log("a second Ctrl-C stops now")
+        process.wait_for_log("a second signal stops now")
         assert process.stop(signal.SIGINT) == 0
 
 

@@ -240,6 +240,18 @@ async def test_a_client_that_never_closes(
     assert await trial.end() == (Outcome.ANSWERED, DELAY + CLIENT_TIMEOUT)
 
 
+async def test_what_follows_a_long_request_is_read_before_the_lull(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    client, server = memory_stream_pair()
+    connection = Connection(server, hello_world)
+    await client.send_all(bytes(3 * REQUEST_SIZE))
+    with trio.move_on_after(DELAY + 1):
+        await connection.serve(lull=trio.sleep_forever)
+    assert connection.outcome is Outcome.ANSWERED
+    assert connection.bytes_in == 3 * REQUEST_SIZE
+
+
 async def test_a_client_that_never_stops_sending(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:

@@ -34,7 +34,7 @@ async def test_all_who_wait_go_on_together(
     assert len(nursery.child_tasks) == 0
 
 
-async def test_one_that_is_cancelled_leaves_the_others_waiting(
+async def test_after_a_cancelled_wait_the_next_one_ends_as_well(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     lull = Lull(nursery)

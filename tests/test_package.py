@@ -25,5 +25,11 @@ def test_importing_the_package_does_not_import_trio() -> None:
 
 def test_help_knows_the_public_names() -> None:
     text = run("import pydoc, trio_server; print(pydoc.plain(pydoc.render_doc(trio_server)))")
-    for name in trio_server.__all__:
-        assert name in text
+    for shown in (
+        "class Outcome(",
+        "class Server(",
+        "hello_world(",
+        "serve_connection(",
+        "Responder = ",
+    ):
+        assert shown in text

@@ -128,6 +128,16 @@ def test_an_inherited_descriptor_of_the_wrong_kind(
     )
 
 
+@pytest.mark.parametrize("number", ["one", "-1"])
+def test_a_number_of_inherited_sockets_that_is_none(number: str, start: Start) -> None:
+    set_pid = ("sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh")
+    process = start(prefix=set_pid, env={**os.environ, "LISTEN_FDS": number})
+    assert process.wait() == 1
+    assert process.stderr == (
+        f"trio-server: LISTEN_FDS={number} is not a number of sockets: unset it\n"
+    )
+
+
 def test_sockets_for_another_process_are_not_for_us(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         variables = {**os.environ, "LISTEN_PID": "1", "LISTEN_FDS": "1"}

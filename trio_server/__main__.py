@@ -45,8 +45,8 @@ and the older ones after 10 such collections. A connection takes some 35 objects
 even a burst of 20,000 sets off a collection. Tried in ``tests/benchmark/collector.py``."""
 
 LOG_INTERVAL = 0.2
-"""Seconds between two times that the log is written: too short to be noticed, long enough for
-many lines to come together, when the server is busy. Each of them takes less time then."""
+"""Seconds between two times that the log is written: too short to be noticed, long enough for a
+busy server to write many lines at a time, which takes less time for each of them."""
 
 LOG_BUFFER = 1000
 """Lines at which the log is written early."""
@@ -220,7 +220,7 @@ def raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # macOS: not as many as it says.
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    logger.debug("limit of open files: was %d, is %d", soft, hard)
+        logger.debug("limit of open files: was %d, is %d", soft, hard)
 
 
 def tune_collector() -> None:
@@ -338,7 +338,7 @@ async def shut_down_on_signals(
     first = signal.Signals(await anext(signals))
     server.shut_down(grace_period)
     logger.info(
-        "%s: shutting down, %d in flight may take up to %g s; a second Ctrl-C stops now",
+        "%s: shutting down, %d in flight may take up to %g s; a second signal stops now",
         first.name,
         server.in_flight,
         grace_period,

@@ -14,22 +14,22 @@ from typing import Any
 import trio
 
 QUEUE_LENGTH = struct.Struct("24xII")
-"""In Linux's ``struct tcp_info`` (tcp(7)) of a listening socket: after 24 bytes, how many
-connections are queued and how many may be. It is what `ss -l` shows."""
+"""In Linux's ``struct tcp_info`` of a listening socket: after 24 bytes, how many connections are
+queued (``tcpi_unacked``) and how many may be (``tcpi_sacked``). It is what `ss -l` shows."""
 
 TURNS = 16
 """Connections to accept for each one that starts, while a queue is more than half full."""
 
 MOST_WAITING = 10_000
-"""Connections that may wait to start. With more, handling keeps up with accepting again, so that
-clients without end cannot keep those from their reply that came before."""
+"""Connections that may wait to start. Beyond that one starts in each turn again, so that newcomers
+without end cannot keep those before them from their reply."""
 
 
 class AcceptFirst:
     """Starts handlers in a nursery; what `trio.serve_listeners` takes for its handler nursery.
 
-    Every connection is started after a number of turns of the scheduler, however full the
-    queues are, and in the order of `start_soon`.
+    Those that have to wait start in the order of `start_soon`, each of them `TURNS` turns of the
+    scheduler after the one before at most, however full the queues are.
 
     Args:
         nursery: Where the handlers run.

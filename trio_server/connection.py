@@ -90,22 +90,6 @@ class Connection:
         bytes_out: Bytes of the reply, once all of it was sent; 0 until then.
     """
 
-    # Without a `__dict__`, 10,000 connections take a megabyte less.
-    __slots__ = (
-        "_client_timeout",
-        "_has_turn",
-        "_idle_timeout",
-        "_request",
-        "_respond",
-        "_scope",
-        "_stream",
-        "_turns",
-        "bytes_in",
-        "bytes_out",
-        "outcome",
-        "peer",
-    )
-
     def __init__(
         self,
         stream: trio.abc.HalfCloseableStream,
@@ -126,7 +110,9 @@ class Connection:
         # all the time-outs of the connection: each stage moves the deadline.
         # The first starts now, or when the client's turn comes.
         now = trio.current_time()
-        self._scope = trio.CancelScope(deadline=math.inf if turns else now + client_timeout)
+        self._scope = trio.CancelScope(
+            deadline=now + client_timeout if turns is None else math.inf
+        )
         self.peer: str = peer
         self.outcome: Outcome = Outcome.SENT_NOTHING
         self.bytes_in: int = 0
@@ -175,7 +161,8 @@ class Connection:
                         reply = memoryview(await self._respond(self._request)).cast("B")
                     except* Exception:
                         # `except*`, because a responder with a nursery of its own can fail
-                        # and be cancelled at once: the cancellation goes on from here.
+                        # and be cancelled at the same time. Both come in one group then, of
+                        # which the failure ends here, and the cancellation goes on.
                         self.outcome = Outcome.FAILED
                         logger.exception("%s: the responder failed", self.peer)
                 if reply is not None:
@@ -215,7 +202,7 @@ class Connection:
         """Read the request while waiting, for that is how one learns that a client has gone."""
         await self._receive()
         if not self._request:
-            line.cancel()
+            line.cancel()  # `serve` meets the same end of file
         else:
             # A reset is an error here, and ends the wait. An end of file is no reason to:
             # a client may close its half after the request, as `nc -N` does.
@@ -245,13 +232,11 @@ class Connection:
         overtake the reply and destroy it. So: say that nothing more will come, read what the
         client still sends, then close.
         """
-        deadline = trio.current_time() + self._idle_timeout
-        if not math.isclose(deadline, self._scope.deadline, abs_tol=0.1):
-            self._scope.deadline = deadline  # costs as much as sending, so only when it matters
+        self._scope.deadline = trio.current_time() + self._idle_timeout
         await self._stream.send_eof()
-        # Most clients have closed after the lull, and then a look is enough. It costs less than
-        # to have the kernel watch for what is about to come. Who sent a longer request needs
-        # the look now: whatever cuts the lull short would leave the rest unread.
+        # By the end of the lull most clients have closed, and one look is enough; now, the kernel
+        # would have to watch the socket until then. What filled `REQUEST_SIZE` has probably more
+        # behind it: read that now, or whatever cuts the lull short leaves it unread.
         if self.bytes_in < REQUEST_SIZE:
             await lull()
         while surplus := await self._stream.receive_some():

@@ -30,9 +30,10 @@ MINIMUM_HOPS = {
     trio.socket.AF_INET: (trio.socket.IPPROTO_IP, 21),
     trio.socket.AF_INET6: (trio.socket.IPPROTO_IPV6, 73),
 }
-"""Linux's options ``IP_MINTTL`` (ip(7)) and ``IPV6_MINHOPCOUNT``, which Python does not name: a
-socket ignores packets that may cross fewer routers than this number. Nearly all systems send
-with 64 or 128, so 255 makes a listening socket deaf, without touching what is in its queue."""
+"""Linux's options ``IP_MINTTL`` (``<linux/in.h>``) and ``IPV6_MINHOPCOUNT`` (``<linux/in6.h>``),
+which Python does not name: a socket ignores packets whose time to live is below this number.
+Nearly all systems send with 64 or 128, so 255 makes a listening socket deaf, without touching
+what is in its queue."""
 
 HANDSHAKE_TIME = 0.5
 """Seconds for which a shutdown waits for connections whose last packet is still on its way: the
@@ -254,7 +255,8 @@ class Server:
         The kernel completes connections ahead of `accept` and keeps them in a queue. Their
         clients may have sent their request already; they cannot know that nobody has seen it.
         """
-        await trio.lowlevel.checkpoint()  # A cancelled server has closed them already.
+        # After `shut_down(0)` it ends here: the sockets may be closed, and not fit for `poll`.
+        await trio.lowlevel.checkpoint()
         if self._shares_queues:
             return
         queues = select.poll()
@@ -283,8 +285,8 @@ def _set_minimum_hops(sock: trio.socket.SocketType, number: int) -> None:
 def _send_in_few_packets(sock: trio.socket.SocketType) -> None:
     """Let the kernel wait for full packets or the end (tcp(7), ``TCP_CORK``), on Linux.
 
-    A short reply and its end then travel as one packet, which is a tenth of all the work that a
-    connection makes. The kernel waits for 0.2 seconds at most.
+    A short reply and its end then travel as one packet instead of two. The kernel waits for 0.2
+    seconds at most.
     """
     if sys.platform == "linux":
         with suppress(OSError):  # not TCP
