@@ -88,6 +88,23 @@ async def test_shutdown_answers_what_is_in_flight_and_refuses_what_is_new() -> N
     assert server.in_flight == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can make a socket deaf")
+async def test_a_handshake_that_ends_during_the_shutdown_gets_its_reply() -> None:
+    server = Server(fast)
+    async with trio.open_nursery() as nursery:
+        listener = await start(nursery, server)
+        server.shut_down()
+        await trio.sleep(0.05)
+        with trio.socket.socket() as client:
+            # What the listener hears still; the connection then hears no more than it.
+            client.setsockopt(trio.socket.IPPROTO_IP, trio.socket.IP_TTL, 255)
+            with trio.fail_after(5):
+                await client.connect(listener.socket.getsockname())
+                client.setsockopt(trio.socket.IPPROTO_IP, trio.socket.IP_TTL, 64)
+                await client.send(b"hi")
+                assert await client.recv(1024) == REPLY
+
+
 async def test_the_end_of_the_grace_period_cuts_off_what_is_left() -> None:
     server = Server(never)
     async with trio.open_nursery() as nursery:

@@ -32,7 +32,7 @@ class Outcome(Enum):
     ANSWERED = "answered"
     """The whole reply was handed to the network."""
     SENT_NOTHING = "sent nothing"
-    """The client closed, or the server was stopped, before the first byte of a request."""
+    """The client closed, or the server was stopped, before a first byte was read from it."""
     WENT_AWAY = "went away"
     """The client broke the connection off before it had its reply."""
     TIMED_OUT = "timed out"
