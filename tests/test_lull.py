@@ -1,10 +1,11 @@
 import math
+import resource
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from trio_server.lull import INTERVAL, LONGEST, PUNCTUAL, Lull
+from trio_server.lull import GROUP, INTERVAL, LONGEST, PUNCTUAL, TURNS, Lull
 
 
 async def test_an_idle_scheduler_has_a_lull_at_the_first_look(
@@ -31,7 +32,28 @@ async def test_all_who_wait_go_on_together(
         for tenth in range(10):
             connections.start_soon(wait_from, INTERVAL * tenth / 10)
     assert ends == [INTERVAL] * 10
+    for _ in range(TURNS):
+        await trio.lowlevel.checkpoint()
     assert len(nursery.child_tasks) == 0
+
+
+async def test_many_go_on_in_groups(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    lull = Lull(nursery)
+    going_on = 0
+
+    async def wait() -> None:
+        nonlocal going_on
+        await lull.wait()
+        going_on += 1
+        for _ in range(TURNS - 1):
+            await trio.lowlevel.checkpoint()
+            assert going_on <= GROUP
+        going_on -= 1
+
+    async with trio.open_nursery() as connections:
+        for _ in range(5 * GROUP + 1):
+            connections.start_soon(wait)
+    assert trio.current_time() == INTERVAL
 
 
 async def test_after_a_cancelled_wait_the_next_one_ends_as_well(
@@ -43,6 +65,31 @@ async def test_after_a_cancelled_wait_the_next_one_ends_as_well(
     assert first.cancelled_caught
     assert trio.current_time() == INTERVAL / 2
     await lull.wait()
+    assert trio.current_time() == INTERVAL
+
+
+async def test_no_more_than_half_of_the_files_wait(
+    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (9, 100))
+    lull = Lull(nursery)
+    ends = []
+
+    async def wait() -> None:
+        await lull.wait()
+        ends.append(trio.current_time())
+
+    async with trio.open_nursery() as connections:
+        for _ in range(12):
+            connections.start_soon(wait)
+    assert ends == [0] * 7 + [INTERVAL] * 5
+
+
+async def test_without_a_limit_of_files_all_wait(
+    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    await Lull(nursery).wait()
     assert trio.current_time() == INTERVAL
 
 

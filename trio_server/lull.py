@@ -4,6 +4,9 @@ Their clients have all that they wait for. So the time that closing takes is bet
 the scheduler has little else to do, and many at a time take less of it than one by one.
 """
 
+import math
+import resource
+
 import trio
 
 INTERVAL = 0.05
@@ -17,6 +20,16 @@ PUNCTUAL = 0.01
 """There is a lull when a task that is due gets its turn within so many seconds: then no long
 line of tasks stands before it."""
 
+GROUP = 64
+"""Connections to close together. Thousands at once would keep all other tasks from their turn."""
+
+TURNS = 4
+"""Turns of the scheduler that closing takes, and so until the next group."""
+
+PART_OF_FILES = 0.5
+"""Of the files that the process may open, how many may belong to connections that wait. Who comes
+when it is reached is closed at once, or the server would run out of files for its clients."""
+
 
 class Lull:
     """Where connections wait for the next lull.
@@ -28,20 +41,30 @@ class Lull:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._waiting = trio.lowlevel.ParkingLot()
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        no_limit = files == resource.RLIM_INFINITY
+        self._most_waiting = math.inf if no_limit else PART_OF_FILES * files
 
     async def wait(self) -> None:
-        """Wait until there is a lull, or for about half a second."""
+        """Wait until there is a lull, or for about half a second; not if too many wait already."""
+        if len(self._waiting) >= self._most_waiting:
+            await trio.lowlevel.checkpoint()
+            return
         if not self._waiting:
             self._nursery.start_soon(self._end_wait)
         await self._waiting.park()
 
     async def _end_wait(self) -> None:
-        now = trio.current_time()
-        give_up = now + LONGEST
-        punctual = False
-        while not punctual and now < give_up:
-            due = now + INTERVAL
-            await trio.sleep_until(due)
+        while self._waiting:
             now = trio.current_time()
-            punctual = now - due < PUNCTUAL
-        self._waiting.unpark_all()
+            give_up = now + LONGEST
+            punctual = False
+            while not punctual and now < give_up:
+                due = now + INTERVAL
+                await trio.sleep_until(due)
+                now = trio.current_time()
+                punctual = now - due < PUNCTUAL
+            for _ in range(0, len(self._waiting), GROUP):
+                self._waiting.unpark(count=GROUP)
+                for _ in range(TURNS):
+                    await trio.lowlevel.checkpoint()
