@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import select
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,7 +11,7 @@ from typing import Any, cast
 
 import trio
 
-from trio_server.backlog import AcceptFirst
+from trio_server.backlog import AcceptFirst, clients_wait
 from trio_server.connection import (
     CLIENT_TIMEOUT,
     CLOSING_TIME,
@@ -53,8 +52,9 @@ class Server:
     """Answers every connection with a responder, until it is shut down. It serves once.
 
     Cancelling `serve_tcp` stops it at once, `shut_down` stops it gracefully. Connections that have
-    been answered are closed when the scheduler has little to do, after about half a second at
-    most; at once with ``max_connections``, or a client time-out below `CLOSING_TIME`.
+    been answered are closed when the scheduler has little to do, or after about half a second;
+    at once with ``max_connections``, with a client time-out below `CLOSING_TIME`, or when half of
+    the files that the process may open belong to them.
 
     Args:
         respond: Turns the request of a connection into its reply.
@@ -255,11 +255,10 @@ class Server:
         The kernel completes connections ahead of `accept` and keeps them in a queue. Their
         clients may have sent their request already; they cannot know that nobody has seen it.
         """
-        # After `shut_down(0)` it ends here: the sockets may be closed, and not fit for `poll`.
+        # After `shut_down(0)` it ends here: the accept loops may have closed the sockets.
         await trio.lowlevel.checkpoint()
         if self._shares_queues:
             return
-        queues = select.poll()
         for listener in self._listeners:
             # Newcomers stay unanswered: their kernel tries again after a second, and meets the
             # next server or a closed port. Elsewhere than on Linux, the shortest queue there is
@@ -268,10 +267,9 @@ class Server:
                 _set_minimum_hops(listener.socket, 255)
             else:
                 listener.socket.listen(0)
-            queues.register(listener.socket.fileno(), select.POLLIN)
         # The accept loops are at work meanwhile.
         handshakes_end = trio.current_time() + HANDSHAKE_TIME
-        while queues.poll(0) or trio.current_time() < handshakes_end:  # noqa: ASYNC110 - no Event
+        while clients_wait(self._listeners) or trio.current_time() < handshakes_end:  # noqa: ASYNC110 - no Event
             await trio.sleep(LAST_LOOK_INTERVAL)
 
 
