@@ -2,6 +2,7 @@ import errno
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -317,6 +318,26 @@ async def test_a_unix_socket(nursery: trio.Nursery, tmp_path: Path) -> None:
         await client.send_all(b"hi")
         assert await read_all(client) == REPLY
     server.shut_down()
+
+
+async def test_clients_get_their_turn_in_order_of_arrival(nursery: trio.Nursery) -> None:
+    served = []
+
+    async def respond(request: bytes) -> bytes:
+        served.append(request)
+        return request
+
+    arrived = [bytes([number]) for number in range(100)]
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    with ExitStack() as clients:
+        for request in arrived:  # into the listen queue: all are there when accepting begins
+            client = socket.create_connection(listener.socket.getsockname())
+            clients.enter_context(client).sendall(request)
+            client.shutdown(socket.SHUT_WR)  # or it would keep its turn until it closes
+        server = Server(respond, max_connections=1)
+        await nursery.start(server.serve_listeners, [listener])
+        await until(lambda: len(served) == len(arrived))
+    assert served == arrived
 
 
 async def test_no_more_than_max_connections_at_once(nursery: trio.Nursery) -> None:

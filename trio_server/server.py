@@ -145,12 +145,15 @@ class Server:
             # Two nurseries, because accepting ends before the connections do: leaving the
             # inner one stops the listeners, leaving the outer one waits for the last client.
             async with trio.open_nursery() as connections, trio.open_nursery() as acceptors:
-                # "Any object with a `start_soon` method", says `trio.serve_listeners`.
-                handlers = cast("trio.Nursery", AcceptFirst(connections, self._listeners))
-                # Not if others wait in line for the end of each connection, and not if clients
-                # have so little time that it would be over by then.
-                if self._turns is None and self._client_timeout >= CLOSING_TIME:
-                    self._lull = Lull(connections).wait
+                handlers = connections
+                # Not with turns: tasks that start together would get theirs in any order, and
+                # others wait in line for the end of each connection.
+                if self._turns is None:
+                    # "Any object with a `start_soon` method", says `trio.serve_listeners`.
+                    handlers = cast("trio.Nursery", AcceptFirst(connections, self._listeners))
+                    # Clients with less time than that would be out of it by the next lull.
+                    if self._client_timeout >= CLOSING_TIME:
+                        self._lull = Lull(connections).wait
                 try:
                     listeners = await start(acceptors, handlers)
                 except OSError as error:
