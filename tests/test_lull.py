@@ -35,6 +35,8 @@ async def test_all_who_wait_go_on_together(
     for _ in range(TURNS):
         await trio.lowlevel.checkpoint()
     assert len(nursery.child_tasks) == 0
+    with trio.fail_after(1):
+        await lull.wait()
 
 
 async def test_many_go_on_in_groups(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
@@ -66,6 +68,20 @@ async def test_after_a_cancelled_wait_the_next_one_ends_as_well(
     assert trio.current_time() == INTERVAL / 2
     await lull.wait()
     assert trio.current_time() == INTERVAL
+
+
+async def test_one_task_ends_all_waits(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    lull = Lull(nursery)
+    async with trio.open_nursery() as connections:
+        for _ in range(10):
+            await lull.wait()
+            for _ in range(TURNS - 1):  # the task that ended that wait has not ended yet
+                connections.start_soon(lull.wait)
+                await trio.lowlevel.checkpoint()
+                assert len(nursery.child_tasks) == 1
+        connections.cancel_scope.cancel()
+    await lull.wait()  # after waits that were cancelled
+    assert len(nursery.child_tasks) == 1
 
 
 async def test_no_more_than_half_of_the_files_wait(
@@ -103,11 +119,7 @@ async def busy(clock: MockClock, seconds: float, turns: float = math.inf) -> Non
 
 @pytest.mark.parametrize(
     ("turn", "wait"),
-    [
-        # Some turns more, until the tasks have started and ended.
-        (PUNCTUAL / 2, INTERVAL),
-        (LONGEST / 4, LONGEST),
-    ],
+    [(PUNCTUAL / 2, INTERVAL), (LONGEST / 4, LONGEST)],
 )
 async def test_the_wait_lasts_while_tasks_stand_in_line_but_not_for_ever(
     turn: float, wait: float, nursery: trio.Nursery, mock_clock: MockClock
@@ -118,6 +130,7 @@ async def test_the_wait_lasts_while_tasks_stand_in_line_but_not_for_ever(
         before = trio.current_time()
         await lull.wait()
         others.cancel_scope.cancel()
+    # Some turns more, until the tasks have started and ended.
     assert wait <= trio.current_time() - before <= wait + 5 * turn
 
 

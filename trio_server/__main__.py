@@ -1,6 +1,6 @@
 """The command: arguments, logging, signals, exit status.
 
-All that concerns the process as a whole is here, and only here.
+All that changes the process as a whole is here, and only here.
 """
 
 import signal

@@ -14,8 +14,8 @@ from typing import Any
 import trio
 
 BATCH = 64
-"""Connections that start together. Batches of 16 to 256 took the same time; the smaller they are,
-the sooner it is the turn of all other tasks."""
+"""Connections that start together: enough to make use of the processor's caches, few enough that
+all other tasks soon have their turn."""
 
 MOST_WAITING = 10_000
 """Connections to accept before any of them starts. Beyond that they start all the same, so that
@@ -25,7 +25,8 @@ newcomers cannot keep them from their reply for ever."""
 class AcceptFirst:
     """Starts handlers in a nursery; what `trio.serve_listeners` takes for its handler nursery.
 
-    Those that have to wait start in the order of `start_soon`.
+    Those that have to wait start in the order of `start_soon`, a batch at a time; within a batch,
+    Trio runs them in any order.
 
     Args:
         nursery: Where the handlers run.
@@ -38,7 +39,7 @@ class AcceptFirst:
         self._waiting: deque[tuple[Any, ...]] = deque()
 
     def start_soon(self, handler: Callable[..., Awaitable[object]], *args: object) -> None:
-        """Start a handler: at once if no client waits to be accepted, soon otherwise."""
+        """Start a handler: at once if nobody waits to be accepted or to start, else after them."""
         if not self._waiting:
             if not clients_wait(self._listeners):
                 self._nursery.start_soon(handler, *args)
@@ -47,13 +48,15 @@ class AcceptFirst:
         self._waiting.append((handler, *args))
 
     async def _start_batches(self) -> None:
+        """Start those that wait, a batch at a time, and let the listeners accept before each."""
         try:
             while self._waiting:
                 await self._accept_more()
                 for _ in range(min(BATCH, len(self._waiting))):
                     self._nursery.start_soon(*self._waiting.popleft())
         finally:
-            # When cancelled, they have to start all the same, to close their streams.
+            # When cancelled, they have to start all the same, to close their streams: a task in
+            # a cancelled nursery runs up to its first `await`, and cleans up from there.
             while self._waiting:
                 self._nursery.start_soon(*self._waiting.popleft())
 
@@ -62,8 +65,8 @@ class AcceptFirst:
         before = 0
         while before < len(self._waiting) < MOST_WAITING:
             before = len(self._waiting)
-            # A checkpoint gives all other tasks a turn, in any order: after two, each listener
-            # has accepted at least one client, unless there is none.
+            # At a checkpoint all tasks that can run have a turn, in any order, so that an accept
+            # loop may have none between two turns of this task; after two checkpoints it had one.
             await trio.lowlevel.checkpoint()
             await trio.lowlevel.checkpoint()
 

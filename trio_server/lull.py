@@ -1,4 +1,4 @@
-"""Connections that only have to be closed wait for a lull, and are then closed together.
+"""Connections that only have to be closed wait for a lull, and are then closed in groups.
 
 Their clients have all that they wait for. So the time that closing takes is better spent when
 the scheduler has little else to do, and many at a time take less of it than one by one.
@@ -24,7 +24,7 @@ GROUP = 64
 """Connections to close together. Thousands at once would keep all other tasks from their turn."""
 
 TURNS = 4
-"""Turns of the scheduler that closing takes, and so until the next group."""
+"""Turns of the scheduler that a connection needs to close; then the next group follows."""
 
 PART_OF_FILES = 0.5
 """Of the files that the process may open, how many may belong to connections that wait. Who comes
@@ -35,12 +35,14 @@ class Lull:
     """Where connections wait for the next lull.
 
     Args:
-        nursery: Where to run the task that ends the wait.
+        nursery: Where to run the task that ends the waits.
     """
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
+        # A line of tasks that stand still: `park` joins it, `unpark` lets the first ones go on.
         self._waiting = trio.lowlevel.ParkingLot()
+        self._ending_waits = False
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         no_limit = files == resource.RLIM_INFINITY
         self._most_waiting = math.inf if no_limit else PART_OF_FILES * files
@@ -50,11 +52,13 @@ class Lull:
         if len(self._waiting) >= self._most_waiting:
             await trio.lowlevel.checkpoint()
             return
-        if not self._waiting:
-            self._nursery.start_soon(self._end_wait)
+        if not self._ending_waits:
+            self._ending_waits = True
+            self._nursery.start_soon(self._end_waits)
         await self._waiting.park()
 
-    async def _end_wait(self) -> None:
+    async def _end_waits(self) -> None:
+        """Let those who wait go on, after each lull or `LONGEST`, until nobody waits any more."""
         while self._waiting:
             now = trio.current_time()
             give_up = now + LONGEST
@@ -68,3 +72,4 @@ class Lull:
                 self._waiting.unpark(count=GROUP)
                 for _ in range(TURNS):
                     await trio.lowlevel.checkpoint()
+        self._ending_waits = False  # no `await` since the last look, so nobody came after it

@@ -53,8 +53,8 @@ class Server:
 
     Cancelling `serve_tcp` stops it at once, `shut_down` stops it gracefully. Connections that have
     been answered are closed when the scheduler has little to do, or after about half a second;
-    at once with ``max_connections``, with a client time-out below `CLOSING_TIME`, or when half of
-    the files that the process may open belong to them.
+    at once with ``max_connections``, with a client time-out below `CLOSING_TIME`, after a request
+    that fills `REQUEST_SIZE`, or when half of the files that the process may open belong to them.
 
     Args:
         respond: Turns the request of a connection into its reply.
@@ -137,13 +137,20 @@ class Server:
 
     async def _serve(
         self,
-        start: Callable[[trio.Nursery, trio.Nursery], Awaitable[Any]],
+        start_accepting: Callable[[trio.Nursery, trio.Nursery], Awaitable[Any]],
         task_status: trio.TaskStatus[Any],
     ) -> None:
+        """Serve until shut down.
+
+        Args:
+            start_accepting: Starts the accept loops in its first argument, lets them start
+                handlers in its second, and returns the listeners.
+            task_status: Gets the listeners.
+        """
         failure: OSError | None = None
         with self._grace:
-            # Two nurseries, because accepting ends before the connections do: leaving the
-            # inner one stops the listeners, leaving the outer one waits for the last client.
+            # Two nurseries, because accepting ends before the connections do: the inner one is
+            # cancelled to end the accept loops, leaving the outer one waits for the last client.
             async with trio.open_nursery() as connections, trio.open_nursery() as acceptors:
                 handlers = connections
                 # Not with turns: tasks that start together would get theirs in any order, and
@@ -151,11 +158,11 @@ class Server:
                 if self._turns is None:
                     # "Any object with a `start_soon` method", says `trio.serve_listeners`.
                     handlers = cast("trio.Nursery", AcceptFirst(connections, self._listeners))
-                    # Clients with less time than that would be out of it by the next lull.
+                    # With less time, a client could run out of it while it waits for a lull.
                     if self._client_timeout >= CLOSING_TIME:
                         self._lull = Lull(connections).wait
                 try:
-                    listeners = await start(acceptors, handlers)
+                    listeners = await start_accepting(acceptors, handlers)
                 except OSError as error:
                     # Raised later, outside the nurseries, which would wrap it in groups.
                     failure = error
@@ -213,8 +220,8 @@ class Server:
         return listeners
 
     def _handle(self, stream: trio.abc.HalfCloseableStream) -> Awaitable[Outcome]:
-        """Serve one connection, in a task of its own."""
-        # Not `async`: an `await` in here would keep one more frame for each connection.
+        """Set up a connection, and return the coroutine that serves it, for its task to await."""
+        # Not `async`: an `await` in here would keep one more frame in memory for each connection.
         connection = Connection(
             stream,
             self._respond,
@@ -227,7 +234,8 @@ class Server:
         if isinstance(stream, trio.SocketStream):
             _send_in_few_packets(stream.socket)
             if self._shutdown.is_set():
-                # A handshake that ended during the last call left it as deaf as the listener.
+                # What is accepted during the last call is as deaf as the listener, and has to
+                # hear its client.
                 _set_minimum_hops(stream.socket, 0)
         self._connections.add(connection)
         return connection.serve(lull=self._lull, ended=self._count)
@@ -258,7 +266,8 @@ class Server:
         The kernel completes connections ahead of `accept` and keeps them in a queue. Their
         clients may have sent their request already; they cannot know that nobody has seen it.
         """
-        # After `shut_down(0)` it ends here: the accept loops may have closed the sockets.
+        # After `shut_down(0)` this raises `trio.Cancelled`, and rightly so: the accept loops may
+        # have closed the sockets by now.
         await trio.lowlevel.checkpoint()
         if self._shares_queues:
             return
