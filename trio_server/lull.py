@@ -28,7 +28,7 @@ TURNS = 4
 
 PART_OF_FILES = 0.5
 """Of the files that the process may open, how many may belong to connections that wait. Who comes
-when it is reached is closed at once, or the server would run out of files for its clients."""
+when it is reached is closed at once: the other half is for clients that have no reply yet."""
 
 
 class Lull:
