@@ -60,16 +60,21 @@ class Lull:
     async def _end_waits(self) -> None:
         """Let those who wait go on, after each lull or `LONGEST`, until nobody waits any more."""
         while self._waiting:
-            now = trio.current_time()
-            give_up = now + LONGEST
-            punctual = False
-            while not punctual and now < give_up:
-                due = now + INTERVAL
-                await trio.sleep_until(due)
-                now = trio.current_time()
-                punctual = now - due < PUNCTUAL
+            await _lull()
             for _ in range(0, len(self._waiting), GROUP):
                 self._waiting.unpark(count=GROUP)
                 for _ in range(TURNS):
                     await trio.lowlevel.checkpoint()
         self._ending_waits = False  # no `await` since the last look, so nobody came after it
+
+
+async def _lull() -> None:
+    """Sleep for `INTERVAL` again and again, until one sleep ends on time or `LONGEST` is over."""
+    now = trio.current_time()
+    give_up = now + LONGEST
+    punctual = False
+    while not punctual and now < give_up:
+        due = now + INTERVAL
+        await trio.sleep_until(due)
+        now = trio.current_time()
+        punctual = now - due < PUNCTUAL
