@@ -1,7 +1,10 @@
+"""The life of one connection, in memory and on a mock clock."""
+
 import logging
 import math
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -13,9 +16,17 @@ from trio.testing import (
     wait_all_tasks_blocked,
 )
 
-from trio_server import Outcome, Responder, hello_world, serve_connection
-from trio_server.connection import CLIENT_TIMEOUT, CLOSING_TIME, REQUEST_SIZE, Connection
+from trio_server import (
+    Connections,
+    Outcome,
+    Responder,
+    Shutdown,
+    hello_world,
+    serve_connection,
+)
+from trio_server.connection import CLIENT_TIMEOUT, DRAIN_SILENCE, LAST_LOOK, REQUEST_SIZE
 from trio_server.responder import DELAY, REPLY
+from trio_server.shutdown import CLOSING_TIME
 
 # `autojump_clock` jumps to the next deadline when all tasks wait: seconds take no time, and
 # come out exact.
@@ -29,11 +40,12 @@ async def ask(client: trio.abc.HalfCloseableStream, request: bytes) -> bytes:
     return reply
 
 
-async def is_closed(stream: trio.abc.HalfCloseableStream) -> bool:
-    try:
-        await stream.receive_some(1)
-    except trio.ClosedResourceError:
-        return True
+async def is_closed(stream: trio.abc.Stream) -> bool:
+    with trio.move_on_after(0.1):
+        try:
+            await stream.receive_some(1)
+        except trio.ClosedResourceError:
+            return True
     return False
 
 
@@ -52,42 +64,60 @@ class Trial:
     def __init__(
         self,
         nursery: trio.Nursery,
-        stream: trio.abc.HalfCloseableStream,
+        stream: trio.abc.Stream,
         respond: Responder,
-        turns: trio.CapacityLimiter | None = None,
+        **settings: Any,
     ) -> None:
-        self.stream = stream
-        self.connection = Connection(stream, respond, turns=turns, peer="the client")
+        self.connections = Connections()
+        self.shutdown = Shutdown()
         self.scope = trio.CancelScope()
         self.seconds = math.nan
-        self.done = trio.Event()
-        nursery.start_soon(self._serve)
+        self.outcome: Outcome | None = None
+        self._done = trio.Event()
+        self._serve = partial(
+            serve_connection,
+            stream,
+            respond,
+            shutdown=self.shutdown,
+            connections=self.connections,
+            **settings,
+        )
+        nursery.start_soon(self._run)
+        self.stream = stream
 
-    async def _serve(self) -> None:
+    async def _run(self) -> None:
         before = trio.current_time()
         with self.scope:
-            async with self.stream:
-                await self.connection.serve()
+            self.outcome = await self._serve()
         self.seconds = trio.current_time() - before
-        self.done.set()
+        self._done.set()
 
     async def end(self) -> tuple[Outcome, float]:
-        await self.done.wait()
-        return self.connection.outcome, self.seconds
+        """Wait for its end; check that it left nothing behind."""
+        await self._done.wait()
+        assert not self.connections.open
+        [(outcome, number)] = self.connections.outcomes.items()
+        assert number == 1
+        assert self.outcome in (outcome, None)
+        assert await is_closed(self.stream)
+        return outcome, round(self.seconds, 6)
+
+    @property
+    def bytes_in(self) -> int:
+        [connection] = self.connections.open
+        return connection.bytes_in
 
 
-async def test_reply_comes_after_the_delay_to_the_tick(
+async def test_the_reply_comes_after_the_delay_to_the_tick(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     client, server = memory_stream_pair()
     trial = Trial(nursery, server, hello_world)
     assert await ask(client, b"GET / HTTP/1.1\r\n\r\n") == REPLY
     assert await trial.end() == (Outcome.ANSWERED, DELAY)
-    assert trial.connection.bytes_in == 18
-    assert trial.connection.bytes_out == len(REPLY)
 
 
-async def test_serve_connection_closes_the_stream_whatever_happens(
+async def test_without_any_options_it_serves_and_closes(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     client, server = memory_stream_pair()
@@ -95,15 +125,12 @@ async def test_serve_connection_closes_the_stream_whatever_happens(
     assert await serve_connection(server, hello_world) is Outcome.ANSWERED
     assert await is_closed(server)
 
-    client, server = memory_stream_pair()
-    assert await serve_connection(server, hello_world, client_timeout=1) is Outcome.TIMED_OUT
-    assert await is_closed(server)
 
-    client, server = memory_stream_pair()
-    with trio.move_on_after(1) as scope:
-        await serve_connection(server, hello_world)
-    assert scope.cancelled_caught
-    assert await is_closed(server)
+@pytest.mark.parametrize("value", [-5, math.nan])
+async def test_a_client_timeout_that_is_no_length_of_time(value: float) -> None:
+    _, server = memory_stream_pair()
+    with pytest.raises(ValueError, match=r"^client_timeout is "):
+        await serve_connection(server, hello_world, client_timeout=value)
 
 
 async def test_ten_connections_at_once_take_one_delay(
@@ -125,14 +152,14 @@ async def test_ten_connections_at_once_take_one_delay(
 
 
 async def test_the_request_is_the_first_kilobyte_and_the_rest_is_discarded(
-    nursery: trio.Nursery,
-    autojump_clock: MockClock,
+    nursery: trio.Nursery, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, logger="trio_server")
     client, server = memory_stream_pair()
     trial = Trial(nursery, server, echo)
     assert await ask(client, b"x" * 3000) == b"x" * REQUEST_SIZE == b"x" * 1024
     assert (await trial.end())[0] is Outcome.ANSWERED
-    assert trial.connection.bytes_in == 3000
+    assert "3000 bytes in, 1024 bytes out" in caplog.text
 
 
 async def test_a_responder_gets_bytes_also_in_memory(
@@ -158,7 +185,28 @@ async def test_silence_ends_with_the_client_timeout(
     client, server = memory_stream_pair()
     trial = Trial(nursery, server, hello_world)
     assert await read_all(client) == b""
-    assert await trial.end() == (Outcome.TIMED_OUT, CLIENT_TIMEOUT)
+    assert await trial.end() == (Outcome.TIMED_OUT, CLIENT_TIMEOUT + LAST_LOOK)
+
+
+async def test_a_request_that_came_in_time_but_was_not_seen_is_answered(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    client, server = memory_stream_pair()
+    looks = 0
+
+    async def be_held_up() -> None:
+        # As after SIGCONT: the first look misses what has arrived, as the time is over.
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            await trio.sleep_forever()
+
+    server.receive_stream.receive_some_hook = be_held_up
+    trial = Trial(nursery, server, hello_world)
+    await client.send_all(b"hi")
+    assert await read_all(client) == REPLY
+    await client.aclose()
+    assert await trial.end() == (Outcome.ANSWERED, CLIENT_TIMEOUT + DELAY)
 
 
 async def test_end_of_file_before_a_request_is_a_quiet_end(
@@ -204,22 +252,34 @@ async def test_a_client_that_goes_away_during_the_work(
     await wait_all_tasks_blocked()
     await client.aclose()
     assert await trial.end() == (Outcome.WENT_AWAY, DELAY)
-    assert trial.connection.bytes_out == 0
 
 
-async def test_a_reset_after_the_reply_leaves_it_answered(
+async def test_a_reset_while_draining_is_a_client_that_went_away(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     client, server = memory_stream_pair()
     trial = Trial(nursery, server, echo)
 
     async def reset() -> None:
-        if trial.connection.outcome is Outcome.ANSWERED:
+        if trial.connections.open and not trial.connections.in_flight and received:
             raise trio.BrokenResourceError
 
+    received: list[bytes] = []
     server.receive_stream.receive_some_hook = reset
     await client.send_all(b"hi")
-    assert await trial.end() == (Outcome.ANSWERED, 0)
+    received.append(bytes(await client.receive_some()))
+    assert await trial.end() == (Outcome.WENT_AWAY, 0)
+    assert received == [b"hi"]
+
+
+async def test_a_stream_that_somebody_else_closes(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    _, server = memory_stream_pair()
+    trial = Trial(nursery, server, hello_world)
+    await trio.sleep(1)
+    await server.aclose()
+    assert await trial.end() == (Outcome.WENT_AWAY, 1)
 
 
 async def test_a_client_that_does_not_take_the_reply(
@@ -231,40 +291,38 @@ async def test_a_client_that_does_not_take_the_reply(
     assert await trial.end() == (Outcome.TIMED_OUT, DELAY + CLIENT_TIMEOUT)
 
 
-async def test_a_client_that_never_closes(
+async def test_a_client_that_is_silent_after_its_reply_is_let_go_after_two_seconds(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     client, server = memory_stream_pair()
     trial = Trial(nursery, server, hello_world)
     await client.send_all(b"hi")
-    assert await trial.end() == (Outcome.ANSWERED, DELAY + CLIENT_TIMEOUT)
+    assert await trial.end() == (Outcome.ANSWERED, DELAY + DRAIN_SILENCE)
+    assert DRAIN_SILENCE == 2
 
 
-async def test_what_follows_a_long_request_is_read_before_the_lull(
+async def test_or_after_its_timeout_if_that_is_shorter(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     client, server = memory_stream_pair()
-    connection = Connection(server, hello_world)
-    await client.send_all(bytes(3 * REQUEST_SIZE))
-    with trio.move_on_after(DELAY + 1):
-        await connection.serve(lull=trio.sleep_forever)
-    assert connection.outcome is Outcome.ANSWERED
-    assert connection.bytes_in == 3 * REQUEST_SIZE
+    trial = Trial(nursery, server, hello_world, client_timeout=0.5)
+    await client.send_all(b"hi")
+    assert await trial.end() == (Outcome.ANSWERED, DELAY + 0.5)
 
 
-async def test_a_client_that_never_stops_sending(
+async def send_for_ever(client: trio.abc.SendStream) -> None:
+    with suppress(trio.BrokenResourceError):
+        while True:
+            await client.send_all(b"x")
+            await trio.sleep(1)
+
+
+async def test_a_client_that_never_stops_sending_has_the_client_timeout(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     client, server = memory_stream_pair()
     trial = Trial(nursery, server, hello_world)
-
-    async def send_for_ever() -> None:
-        with suppress(trio.BrokenResourceError):
-            while True:
-                await client.send_all(b"x")
-                await trio.sleep(1)
-
-    nursery.start_soon(send_for_ever)
+    nursery.start_soon(send_for_ever, client)
     assert await trial.end() == (Outcome.ANSWERED, DELAY + CLIENT_TIMEOUT)
 
 
@@ -277,14 +335,15 @@ async def test_responding_is_not_the_clients_time(
     assert await trial.end() == (Outcome.ANSWERED, 3 * CLIENT_TIMEOUT)
 
 
-async def test_each_stage_has_the_whole_client_timeout(
+async def test_receiving_and_replying_have_the_whole_client_timeout_each(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    client, server = memory_stream_pair()
+    client, server = lockstep_stream_pair()
     trial = Trial(nursery, server, hello_world)
     await trio.sleep(CLIENT_TIMEOUT - 1)
     await client.send_all(b"hi")
     await trio.sleep(DELAY + CLIENT_TIMEOUT - 1)
+    assert await read_all(client) == REPLY
     await client.aclose()
     assert await trial.end() == (Outcome.ANSWERED, DELAY + 2 * CLIENT_TIMEOUT - 2)
 
@@ -374,7 +433,7 @@ async def test_a_responder_that_fails_while_it_is_cancelled(
         ("receive", b"", hello_world, Outcome.SENT_NOTHING),
         ("respond", b"hi", never, Outcome.CUT_OFF),
         ("reply", b"hi", echo, Outcome.CUT_OFF),
-        ("close", b"hi", echo, Outcome.ANSWERED),
+        ("drain", b"hi", echo, Outcome.ANSWERED),
     ],
 )
 async def test_cancellation_in_each_stage(
@@ -390,22 +449,85 @@ async def test_cancellation_in_each_stage(
     if request_bytes:
         await client.send_all(request_bytes)
     await wait_all_tasks_blocked()
-    assert trial.connection.in_flight == (stage in ("respond", "reply"))
+    assert trial.connections.in_flight == (stage in ("respond", "reply"))
     trial.scope.cancel()
     assert await trial.end() == (outcome, 0)
     assert trial.scope.cancelled_caught
 
 
+class CancelAt(trio.abc.Instrument):
+    """Cancels a scope when a task is about to run for the nth time."""
+
+    def __init__(self, task: trio.lowlevel.Task, scope: trio.CancelScope, number: int) -> None:
+        self.task, self.scope, self.left = task, scope, number
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task is self.task:
+            self.left -= 1
+            if self.left == 0:
+                self.scope.cancel()
+
+
+async def exchange_cancelled_at(number: int) -> bool:
+    """Do a whole exchange, cancelled at its nth step; return whether it had so many."""
+    client, server = memory_stream_pair()
+    connections, limiter, shutdown = Connections(), trio.CapacityLimiter(1), Shutdown()
+    scope = trio.CancelScope()
+    returned = False
+
+    async def serve(*, task_status: trio.TaskStatus[None]) -> None:
+        nonlocal returned
+        instrument = CancelAt(trio.lowlevel.current_task(), scope, number)
+        trio.lowlevel.add_instrument(instrument)
+        task_status.started()
+        try:
+            with scope:
+                await serve_connection(
+                    server,
+                    hello_world,
+                    limiter=limiter,
+                    shutdown=shutdown,
+                    connections=connections,
+                )
+                returned = True
+        finally:
+            trio.lowlevel.remove_instrument(instrument)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve)
+        with suppress(trio.BrokenResourceError):
+            await client.send_all(b"x" * 1500)
+            reply = await read_all(client)
+            assert reply in (b"", REPLY)
+            await client.aclose()
+    assert not connections.open
+    assert connections.outcomes.total() == 1
+    assert limiter.borrowed_tokens == 0
+    assert await is_closed(server)
+    # A cancellation is either delivered, or comes when there is no checkpoint left.
+    assert returned != scope.cancelled_caught
+    return scope.cancel_called
+
+
+async def test_a_cancellation_at_any_checkpoint_leaks_nothing_and_is_not_swallowed(
+    autojump_clock: MockClock,
+) -> None:
+    number = 1
+    while await exchange_cancelled_at(number):
+        number += 1
+    assert number > 8
+
+
 @pytest.mark.parametrize(
     ("request_bytes", "respond", "end"),
     [
-        (b"", echo, (Outcome.TIMED_OUT, CLOSING_TIME)),
+        (b"", echo, (Outcome.SENT_NOTHING, CLOSING_TIME + LAST_LOOK)),
         (b"hi", hello_world, (Outcome.ANSWERED, DELAY + CLOSING_TIME)),
         (b"hi", echo, (Outcome.ANSWERED, CLOSING_TIME)),
     ],
-    ids=["receive", "respond", "close"],
+    ids=["receive", "respond", "drain"],
 )
-async def test_hurry_shortens_the_wait_but_not_the_work(
+async def test_a_shutdown_shortens_the_waits_but_not_the_work(
     request_bytes: bytes,
     respond: Responder,
     end: tuple[Outcome, float],
@@ -417,189 +539,148 @@ async def test_hurry_shortens_the_wait_but_not_the_work(
     if request_bytes:
         await client.send_all(request_bytes)
     await wait_all_tasks_blocked()
-    trial.connection.hurry()
+    trial.shutdown.begin()
     assert await trial.end() == end
 
 
-async def test_hurry_leaves_the_client_its_time_to_take_the_reply(
+async def test_a_shutdown_leaves_the_client_its_time_to_take_the_reply(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     client, server = lockstep_stream_pair()
     trial = Trial(nursery, server, hello_world)
     await client.send_all(b"hi")
     await wait_all_tasks_blocked()
-    trial.connection.hurry()
+    trial.shutdown.begin(math.inf)
     assert await trial.end() == (Outcome.TIMED_OUT, DELAY + CLIENT_TIMEOUT)
 
 
-async def test_hurry_does_not_lengthen_a_wait_that_is_nearly_over(
+async def test_a_client_that_never_stops_sending_holds_a_shutdown_up_for_a_second(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    client, server = memory_stream_pair()
+    trial = Trial(nursery, server, echo)
+    nursery.start_soon(send_for_ever, client)
+    await trio.sleep(5.5)
+    trial.shutdown.begin()
+    assert await trial.end() == (Outcome.ANSWERED, 5.5 + CLOSING_TIME)
+
+
+async def test_a_client_whose_time_is_over_during_a_shutdown_has_timed_out(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     _, server = memory_stream_pair()
     trial = Trial(nursery, server, echo)
     await trio.sleep(CLIENT_TIMEOUT - CLOSING_TIME / 2)
-    trial.connection.hurry()
-    assert await trial.end() == (Outcome.TIMED_OUT, CLIENT_TIMEOUT)
+    trial.shutdown.begin()
+    assert await trial.end() == (Outcome.TIMED_OUT, CLIENT_TIMEOUT + LAST_LOOK)
 
 
-async def test_one_line_at_info_and_the_stages_at_debug(
+async def test_one_line_at_info_says_how_long_the_reply_took(
     nursery: trio.Nursery, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="trio_server")
     client, server = memory_stream_pair()
     trial = Trial(nursery, server, hello_world)
+    await trio.sleep(5)  # Neither the silence before the request counts, …
     await client.send_all(b"hi\n")
     assert await read_all(client) == REPLY
-    await trio.sleep(1)  # The time in the log is that until the reply.
+    await trio.sleep(1)  # … nor that after the reply.
     await client.aclose()
     await trial.end()
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert lines == [
-        ("DEBUG", "the client sent 3 bytes"),
-        ("DEBUG", f"the client was sent {len(REPLY)} bytes, closing"),
-        ("INFO", f"the client answered: 3 bytes in, {len(REPLY)} bytes out, 4.000 s"),
+        ("DEBUG", "client sent 3 bytes"),
+        ("INFO", f"client answered: 3 bytes in, {len(REPLY)} bytes out, 4.000 s"),
     ]
 
 
-class Line:
-    """Clients that take turns, one at a time."""
+class OneAtATime:
+    """Clients whose responders share one permit."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.nursery = nursery
-        self.turns = trio.CapacityLimiter(1)
+        self.limiter = trio.CapacityLimiter(1)
 
     async def join(self, request: bytes = b"hi") -> tuple[trio.abc.HalfCloseableStream, Trial]:
         client, server = memory_stream_pair()
-        trial = Trial(self.nursery, server, hello_world, self.turns)
+        trial = Trial(self.nursery, server, hello_world, limiter=self.limiter)
         if request:
             await client.send_all(request)
         await wait_all_tasks_blocked()
         return client, trial
 
 
-async def test_turns_come_in_order_of_arrival(
+async def test_with_a_limiter_requests_are_worked_on_in_order_of_arrival(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    line = Line(nursery)
-    members = [await line.join() for _ in range(4)]
+    queue = OneAtATime(nursery)
+    members = [await queue.join() for _ in range(4)]
     for place, (client, trial) in enumerate(members, start=1):
-        assert trial.connection.in_flight
+        assert trial.connections.in_flight == 1
         assert await read_all(client) == REPLY
         await client.aclose()
         assert await trial.end() == (Outcome.ANSWERED, place * DELAY)
+    assert queue.limiter.borrowed_tokens == 0
 
 
-async def test_the_clients_time_starts_with_its_turn(
+async def test_silent_clients_and_those_that_drain_need_no_permit(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    line = Line(nursery)
-    _, first = await line.join(b"")
-    _, second = await line.join(b"")
-    client, third = await line.join(b"")
-    assert await first.end() == (Outcome.TIMED_OUT, CLIENT_TIMEOUT)
-    assert await second.end() == (Outcome.TIMED_OUT, 2 * CLIENT_TIMEOUT)
-    await trio.sleep(CLIENT_TIMEOUT - 1)
-    assert await ask(client, b"hi") == REPLY
-    assert await third.end() == (Outcome.ANSWERED, 3 * CLIENT_TIMEOUT - 1 + DELAY)
-    assert line.turns.borrowed_tokens == 0
-
-
-async def test_a_waiting_client_that_goes_away_frees_its_place(
-    nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
-    line = Line(nursery)
-    first_client, first = await line.join()
-    leaving_client, leaving = await line.join(b"")
-    last_client, last = await line.join()
-
-    await trio.sleep(1)
-    await leaving_client.aclose()
-    assert await leaving.end() == (Outcome.SENT_NOTHING, 1)
-    assert await ask(first_client, b"") == REPLY
-    assert await first.end() == (Outcome.ANSWERED, DELAY)
-    assert await ask(last_client, b"") == REPLY
-    assert await last.end() == (Outcome.ANSWERED, 2 * DELAY)
-    assert line.turns.borrowed_tokens == 0
-
-
-async def test_a_waiting_client_that_resets_frees_its_place(
-    nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
-    line = Line(nursery)
-    await line.join()
-    client, server = memory_stream_pair()
-
-    async def reset_after_the_request() -> None:
-        if trial.connection.in_flight:
-            raise trio.BrokenResourceError
-
-    server.receive_stream.receive_some_hook = reset_after_the_request
-    trial = Trial(nursery, server, hello_world, line.turns)
-    await client.send_all(b"hi")
-    assert await trial.end() == (Outcome.WENT_AWAY, 0)
-    assert line.turns.statistics().tasks_waiting == 0
+    queue = OneAtATime(nursery)
+    for _ in range(10):
+        await queue.join(b"")
+    answered, draining = await queue.join()
+    assert await read_all(answered) == REPLY
+    client, trial = await queue.join()
+    assert await ask(client, b"") == REPLY
+    assert await trial.end() == (Outcome.ANSWERED, DELAY)
+    await draining.end()
     nursery.cancel_scope.cancel()
 
 
-async def test_a_waiting_client_that_closes_its_half_keeps_its_place(
+async def test_cancellation_while_waiting_for_a_permit(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    line = Line(nursery)
-    first_client, _ = await line.join()
-    client, trial = await line.join(b"x" * 3000)
-    await client.send_eof()
-    assert await ask(first_client, b"more") == REPLY
-    assert await read_all(client) == REPLY
-    assert await trial.end() == (Outcome.ANSWERED, 2 * DELAY)
-    assert trial.connection.bytes_in == 3000
-
-
-@pytest.mark.parametrize("request_bytes", [b"", b"hi"])
-async def test_cancellation_while_waiting(
-    request_bytes: bytes, nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
-    line = Line(nursery)
-    await line.join()
-    _, trial = await line.join(request_bytes)
+    queue = OneAtATime(nursery)
+    await queue.join()
+    _, trial = await queue.join()
     trial.scope.cancel()
-    outcome = Outcome.CUT_OFF if request_bytes else Outcome.SENT_NOTHING
-    assert await trial.end() == (outcome, 0)
-    assert line.turns.borrowed_tokens == 1
+    assert await trial.end() == (Outcome.CUT_OFF, 0)
+    assert queue.limiter.statistics().tasks_waiting == 0
     nursery.cancel_scope.cancel()
 
 
-async def test_a_turn_that_comes_as_the_client_resets_is_passed_on(
+async def test_a_responder_that_fails_gives_its_permit_back(
+    nursery: trio.Nursery, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    limiter = trio.CapacityLimiter(1)
+    client, server = memory_stream_pair()
+    trial = Trial(nursery, server, raises, limiter=limiter)
+    await client.send_all(b"hi")
+    assert await trial.end() == (Outcome.FAILED, 0)
+    assert limiter.borrowed_tokens == 0
+
+
+class NoHalfClose(trio.abc.Stream):
+    """What TLS is: a stream that can only be closed as a whole."""
+
+    def __init__(self, inner: trio.abc.Stream) -> None:
+        self.inner = inner
+        self.receive_some = inner.receive_some  # type: ignore[method-assign]
+        self.send_all = inner.send_all  # type: ignore[method-assign]
+        self.aclose = inner.aclose  # type: ignore[method-assign]
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray: ...  # type: ignore[empty-body]
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None: ...
+    async def wait_send_all_might_not_block(self) -> None: ...
+    async def aclose(self) -> None: ...
+
+
+async def test_a_stream_that_cannot_be_half_closed_is_closed(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    line = Line(nursery)
-    first_client, first = await line.join()
     client, server = memory_stream_pair()
-
-    async def reset_as_the_turn_comes() -> None:
-        if trial.connection.in_flight:
-            with trio.CancelScope(shield=True):  # too late to be cancelled
-                await first.done.wait()
-            raise trio.BrokenResourceError
-
-    server.receive_stream.receive_some_hook = reset_as_the_turn_comes
-    trial = Trial(nursery, server, hello_world, line.turns)
+    trial = Trial(nursery, NoHalfClose(server), hello_world)
     await client.send_all(b"hi")
-    last_client, last = await line.join()
-    await ask(first_client, b"more")
-    assert (await trial.end())[0] is Outcome.WENT_AWAY
-    assert await ask(last_client, b"more") == REPLY
-    await last.end()
-    assert line.turns.borrowed_tokens == 0
-
-
-async def test_hurry_while_waiting(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
-    line = Line(nursery)
-    first_client, _ = await line.join()
-    client, waiting = await line.join()
-    _, silent = await line.join(b"")
-    waiting.connection.hurry()
-    silent.connection.hurry()
-    assert await silent.end() == (Outcome.TIMED_OUT, CLOSING_TIME)
-    assert await ask(first_client, b"more") == REPLY
-    assert await ask(client, b"more") == REPLY
-    assert await waiting.end() == (Outcome.ANSWERED, 2 * DELAY)
+    assert await read_all(client) == REPLY
+    assert await trial.end() == (Outcome.ANSWERED, DELAY)

@@ -3,13 +3,6 @@
 All that changes the process as a whole is here, and only here.
 """
 
-import signal
-
-# The first thing that happens, so that no Ctrl-C finds the program half started: from here
-# on the signals wait in the kernel until `run` is ready for them.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
 import argparse
 import contextlib
 import errno
@@ -19,6 +12,7 @@ import logging.handlers
 import math
 import os
 import resource
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -27,29 +21,23 @@ from functools import partial
 import trio
 
 import trio_server
-from trio_server.connection import CLIENT_TIMEOUT, Outcome
+from trio_server.account import Connections, Outcome
+from trio_server.addresses import format_address
+from trio_server.connection import CLIENT_TIMEOUT, serve_connection
 from trio_server.responder import DELAY, hello_world
-from trio_server.server import GRACE_PERIOD, Server, format_address
+from trio_server.server import HIGHEST_PORT, serve_listeners, serve_tcp
+from trio_server.shutdown import GRACE_PERIOD, Shutdown
 
-PORT = 1729
-"""The port of the command: the smallest number that is a sum of two cubes in two ways."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-HIGHEST_PORT = 65535  # a port is 16 bits (RFC 9293, section 3.1)
-
-FIRST_INHERITED = 3
-"""The first descriptor that a process manager passes: those before are the standard streams."""
+PORT = 1729  # the smallest number that is a sum of two cubes in two ways
+FIRST_INHERITED = 3  # the descriptors before are the standard streams (sd_listen_fds(3))
+LOG_INTERVAL = 0.2  # seconds; too short to be noticed, long enough to write many lines together
+LOG_BUFFER = 1000  # lines at which the log is written early
 
 COLLECTOR_THRESHOLDS = (1_000_000, 10, 10)
-"""For `gc.set_threshold`: collect the young objects when there are so many more than last time,
-and the older ones after 10 such collections. A connection takes some 35 objects, so that not
-even a burst of 20,000 sets off a collection. Tried in ``tests/benchmark/collector.py``."""
-
-LOG_INTERVAL = 0.2
-"""Seconds between two times that the log is written: too short to be noticed, long enough for a
-busy server to write many lines at a time, which takes less time for each of them."""
-
-LOG_BUFFER = 1000
-"""Lines at which the log is written early."""
+"""For `gc.set_threshold`: collect when there are so many more objects than last time. A connection
+takes some 35, so not even 20,000 at once set it off. See ``tests/benchmark/collector.py``."""
 
 BANNER = "Waiting for connection to be established"
 
@@ -57,27 +45,18 @@ logger: logging.Logger = logging.getLogger("trio_server")
 
 
 def main() -> int | str:
-    """Run the command with the arguments of the process.
-
-    Returns:
-        What `sys.exit` takes: an exit status, or the sentence that says why the server could
-        not start, for stderr and status 1.
-    """
+    """Run the command; return an exit status, or for status 1 the sentence that says why."""
+    # Until the server is ready for them, the signals end the process, without a traceback.
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_DFL)
     options = parse_arguments()
     set_up_logging(options.log_level)
     raise_file_limit()
     tune_collector()
-    # `run` replaces these handlers for as long as it lasts. A signal that comes when all is
-    # done has nothing left to stop.
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, lambda *_: None)
     try:
-        status = trio.run(run, options, inherited_sockets())
+        return trio.run(run, options, inherited_sockets())
     finally:
         flush_log()
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)  # what Python leaves as it is when it ends
-    return status
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     option(
         "--port",
-        type=port,
+        type=partial(whole_number, least=0, most=HIGHEST_PORT),
         default=PORT,
         help="port to listen on; 0 lets the kernel pick (default: %(default)s)",
     )
@@ -111,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     option(
         "--client-timeout",
-        type=some_seconds,
+        type=partial(seconds, zero=False),
         default=CLIENT_TIMEOUT,
         metavar="SECONDS",
         help="how long to wait for a client: for its first bytes, while it takes the reply, "
@@ -126,11 +105,10 @@ def parse_arguments() -> argparse.Namespace:
         "(default: %(default)g)",
     )
     option(
-        "--max-connections",
-        type=count,
+        "--max-concurrent",
+        type=partial(whole_number, least=1),
         metavar="N",
-        help="how many connections are served at once; the others wait their turn "
-        "(default: no limit but that of open files)",
+        help="how many requests are worked on at once; the next ones wait (default: no limit)",
     )
     option(
         "--log-level",
@@ -142,37 +120,24 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def port(text: str) -> int:
-    """Parse a port number."""
-    if not (text.isascii() and text.isdecimal() and int(text) <= HIGHEST_PORT):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {HIGHEST_PORT}")
+def whole_number(text: str, *, least: int, most: float = math.inf) -> int:
+    """Parse a whole number within limits."""
+    if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
+        limits = f"{least} or more" if most == math.inf else f"{least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {limits}")
     return int(text)
 
 
-def seconds(text: str) -> float:
+def seconds(text: str, *, zero: bool = True) -> float:
     """Parse a length of time."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
+    if not 0 <= value < math.inf or (value == 0 and not zero):
+        least = "0 or more" if zero else "more than 0"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, {least}")
     return value
-
-
-def some_seconds(text: str) -> float:
-    """Parse a length of time that is not 0."""
-    value = seconds(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("has to be more than 0 seconds")
-    return value
-
-
-def count(text: str) -> int:
-    """Parse a number of things."""
-    if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
-    return int(text)
 
 
 def set_up_logging(level: str) -> None:
@@ -213,10 +178,7 @@ class OncePerSecond(logging.Filter):
 
 
 def raise_file_limit() -> None:
-    """Let the process open as many files as it may: each connection is one.
-
-    The usual soft limit is 1,024, as `select(2)` cannot handle higher descriptors.
-    """
+    """Let the process open as many files as it may: each connection is one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # macOS: not as many as it says.
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -224,10 +186,9 @@ def raise_file_limit() -> None:
 
 
 def tune_collector() -> None:
-    """Make the cyclic garbage collector look less often at what is not garbage.
+    """Make the cyclic garbage collector look less often at live connections.
 
-    Its full collections visit every object of every live connection, and find next to nothing:
-    a connection that has ended leaves no cycles behind.
+    It visits every object of each, and finds nothing: a connection leaves no cycles behind.
     """
     gc.collect()
     gc.freeze()  # the imported modules will not become garbage
@@ -274,41 +235,49 @@ async def run(options: argparse.Namespace, sockets: list[socket.socket]) -> int 
 
     The status is 1 when a request was cut off or its responder failed, and 0 otherwise.
     """
-    server = Server(
-        partial(hello_world, delay=options.delay),
+    shutdown, connections = Shutdown(), Connections()
+    limit = options.max_concurrent
+    handler = partial(
+        serve_connection,
+        respond=partial(hello_world, delay=options.delay),
         client_timeout=options.client_timeout,
-        max_connections=options.max_connections,
+        limiter=None if limit is None else trio.CapacityLimiter(limit),
+        shutdown=shutdown,
+        connections=connections,
     )
     if sockets:
         logger.info("serving on inherited sockets, so --host and --port do not count")
         listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(s)) for s in sockets]
-        start = partial(server.serve_listeners, listeners)
+        start = partial(serve_listeners, handler, listeners, shutdown=shutdown)
     else:
-        start = partial(server.serve_tcp, options.port, options.host)
+        start = partial(serve_tcp, handler, options.port, host=options.host, shutdown=shutdown)
+    # The receiver restores this when it is left: then a signal has nothing left to stop.
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
     with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        async with trio.open_nursery() as watchers:
-            watchers.start_soon(write_log)
-            watchers.start_soon(shut_down_on_signals, signals, server, options.grace_period)
+        async with trio.open_nursery() as helpers:
+            helpers.start_soon(write_log)
+            stop = partial(shut_down_on_signals, signals, shutdown, connections)
+            helpers.start_soon(stop, options.grace_period)
             failure = await serve(start)
-            watchers.cancel_scope.cancel()
+            helpers.cancel_scope.cancel()
     if failure is not None:
         return f"trio-server: {advice(failure, options)}"
-    totals = (f"{server.outcomes[outcome]} {outcome.value}" for outcome in Outcome)
-    logger.info("stopped: %s", ", ".join(totals))
-    return 1 if server.outcomes[Outcome.CUT_OFF] or server.outcomes[Outcome.FAILED] else 0
+    outcomes = connections.outcomes
+    logger.info("stopped: %s", ", ".join(f"{outcomes[one]} {one.value}" for one in Outcome))
+    return 1 if outcomes[Outcome.CUT_OFF] or outcomes[Outcome.FAILED] else 0
 
 
-async def serve(start: Callable[..., Awaitable[None]]) -> OSError | None:
-    """Serve until the server is shut down; return the reason if it could not start."""
-    async with trio.open_nursery() as nursery:
-        try:
-            listeners = await nursery.start(start)
-        except OSError as error:
-            return error
-        if listeners:
-            announce(listeners)
-    return None
+async def serve(start: Callable[..., Awaitable[None]]) -> Exception | None:
+    """Serve until the server is shut down; return the reason if it could not."""
+    failure = None
+    try:
+        async with trio.open_nursery() as nursery:
+            if listeners := await nursery.start(start):
+                announce(listeners)
+    except* (OSError, trio.ClosedResourceError) as group:
+        [failure] = group.exceptions
+    return failure
 
 
 def announce(listeners: list[trio.SocketListener]) -> None:
@@ -332,24 +301,26 @@ async def write_log() -> None:
 
 
 async def shut_down_on_signals(
-    signals: AsyncIterator[int], server: Server, grace_period: float
+    signals: AsyncIterator[int], shutdown: Shutdown, connections: Connections, grace_period: float
 ) -> None:
     """Shut down gracefully on the first signal, at once on the second."""
     first = signal.Signals(await anext(signals))
-    server.shut_down(grace_period)
+    shutdown.begin(grace_period)
     logger.info(
         "%s: shutting down, %d in flight may take up to %g s; a second signal stops now",
         first.name,
-        server.in_flight,
+        connections.in_flight,
         grace_period,
     )
     second = signal.Signals(await anext(signals))
-    server.shut_down(0)
+    shutdown.begin(0)
     logger.info("%s: stopping now", second.name)
 
 
-def advice(error: OSError, options: argparse.Namespace) -> str:
-    """Say in one sentence why the server cannot listen, and what to do about it."""
+def advice(error: Exception, options: argparse.Namespace) -> str:
+    """Say in one sentence why the server cannot serve, and what to do about it."""
+    if not isinstance(error, OSError):
+        return "cannot accept, as the listening socket was closed"
     if isinstance(error, socket.gaierror):
         return f"host {options.host!r} does not resolve ({error.strerror}): check --host"
     match error.errno:
@@ -362,7 +333,7 @@ def advice(error: OSError, options: argparse.Namespace) -> str:
             return f"port {options.port} needs privileges: choose a port from 1024 on with --port"
         case errno.EADDRNOTAVAIL:
             return f"{error.strerror}: choose one of its own with --host"
-    return f"cannot listen on host {options.host!r}, port {options.port}: {error.strerror}"
+    return f"cannot serve on host {options.host!r}, port {options.port}: {error.strerror}"
 
 
 if __name__ == "__main__":
