@@ -2,7 +2,7 @@
 
 Everything runs on this machine, over 127.0.0.1, one server at a time and one after the other
 in each round. All inherit the highest limit of open files that this process may set, and the
-longest listen queue. The load comes from ab, of the package apache2-utils.
+longest accept queue. The load comes from ab, of the package apache2-utils.
 """
 
 import argparse

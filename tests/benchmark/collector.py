@@ -1,7 +1,8 @@
 """Policies of the garbage collector, tried on our server.
 
-Start it with ``python tests/benchmark/collector.py``. It starts the command with other values
-of its constant ``COLLECTOR_THRESHOLDS``, which ``tune_collector`` passes to `gc.set_threshold`.
+Start it with ``python tests/benchmark/collector.py``, where ``python`` is the interpreter to try
+them on. It starts the command with other values of its constant ``COLLECTOR_THRESHOLDS``, which
+``tune_collector`` passes to `gc.set_threshold`.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from measure import Held, Rate, hold, hurry
-from report import FULL, SMALL, beyond, cell, median, print_row, say, scale
+from report import FULL, SMALL, beyond, cell, environment, median, print_row, say, scale
 from servers import HOST, Kind, raise_file_limit, serving
 
 START = "import trio_server.__main__ as command; {}; "
@@ -63,6 +64,7 @@ def main() -> None:
             cell(median(scale(one.cpu, 1e6) for one in rates[name])),
             str(sum(load.failures for load in loads)),
         )
+    print(f"\n{environment()}")
 
 
 def ours_with(name: str, policy: str) -> Kind:

@@ -58,7 +58,7 @@ class Held:
     Attributes:
         load: What their clients saw.
         memory: Bytes that each takes in the server; None if they were never held all at once.
-        dropped: How often the kernel found the listen queue full and let a client wait. It
+        dropped: How often the kernel found the accept queue full and let a client wait. It
             tries again after a second, so this is where large times beyond the delay come from.
     """
 
@@ -169,7 +169,7 @@ def parse(text: str, requests: int) -> Load:
 
 
 def dropped() -> int:
-    """Count what the kernel has dropped, since it started, as a listen queue was full."""
+    """Count what the kernel has dropped, since it started, as an accept queue was full."""
     lines = (line.split() for line in Path("/proc/net/netstat").read_text().splitlines())
     for names, numbers in zip(lines, lines, strict=True):  # a line of names, one of numbers
         if "ListenOverflows" in names:

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -67,7 +68,7 @@ def print_report(kinds: list[Kind], plan: Plan, results: Results, left_out: list
         f"ab. Held: {plan.held:,} connections at once, {plan.delay:g} s of work each; times are "
         f"beyond these {plan.delay:g} s. Rate: no work, {CLIENTS} at once, {plan.requests:,} "
         f"requests. In parentheses: the ratio to {BARE.name}. Queue full: how often the "
-        "kernel let a client of the held ones wait a second, as the listen queue was full.\n"
+        "kernel let a client of the held ones wait a second, as the accept queue was full.\n"
     )
     print_servers(kinds, plan, results)
     print_growth(kinds, plan, results)
@@ -79,9 +80,17 @@ def print_report(kinds: list[Kind], plan: Plan, results: Results, left_out: list
         print(f"{sentence}.\n")
     go = shutil.which("go")
     go_version = subprocess.check_output((go, "version"), text=True).split()[2] if go else "no Go"
-    print(
+    print(f"{environment()}, {go_version}")
+
+
+def environment() -> str:
+    """Say when and with what it was measured."""
+    # Debian's Python is optimized by profiles, too, but was not configured by this option.
+    optimized = "--enable-optimizations" in str(sysconfig.get_config_var("CONFIG_ARGS"))
+    return (
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, Trio {version('trio')}, {go_version}"
+        f"{platform.python_version()} (built with{'' if optimized else 'out'} "
+        f"--enable-optimizations), Trio {version('trio')}"
     )
 
 

@@ -30,7 +30,7 @@ SETTLING_TIME = 0.1  # seconds from listening to being idle, before anything is 
 LISTENING = "0A"  # the state of a socket in /proc/net/tcp
 
 BACKLOG = "65535"
-"""The listen queue that Trio asks for, and the kernel shortens to its maximum. All get the
+"""The accept queue that Trio asks for, and the kernel shortens to its maximum. All get the
 same: with defaults of 5 or 100, the benchmark would measure dropped connections."""
 
 ACTIVATE = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&0 </dev/null'
