@@ -78,6 +78,20 @@ class Process:
     def kill(self, signum: int) -> None:
         os.kill(self.popen.pid, signum)
 
+    def freeze(self) -> None:
+        """Hold the process up, until `thaw`."""
+        self.kill(signal.SIGSTOP)
+        status = Path(f"/proc/{self.popen.pid}/stat")
+        self.wait_until(lambda: ") T " in status.read_text())
+
+    def thaw(self) -> None:
+        self.kill(signal.SIGCONT)
+
+    @property
+    def descriptors(self) -> int:
+        """How many files it has open: each connection is one."""
+        return len(list(Path(f"/proc/{self.popen.pid}/fd").iterdir()))
+
     def wait(self, seconds: float = 10) -> int:
         """Wait for its end; return its exit status."""
         return self.popen.wait(seconds)
@@ -87,8 +101,23 @@ class Process:
         return self.wait(seconds)
 
 
+# Runs the rest of the command line as a process manager does: with the socket whose descriptor
+# comes first on that line as descriptor 3, and the variables of sd_listen_fds(3).
+ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
 Start = Callable[..., Process]
 """A fixture that starts the command with options, and settings for `Process`."""
+
+
+def activated(start: Start, descriptor: int, *options: str) -> Process:
+    """Start the command with an inherited socket."""
+    activate = (sys.executable, "-c", ACTIVATE, str(descriptor))
+    return start("--port", "0", *options, prefix=activate, pass_fds=[descriptor])
 
 
 def receive_all(client: socket.socket) -> bytes:

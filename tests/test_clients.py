@@ -85,4 +85,14 @@ def test_ten_curls_at_once_take_one_delay(serve: Start) -> None:
         for _ in range(10)
     ]
     assert [curl.communicate(timeout=60)[0] for curl in curls] == [REPLY] * 10
-    assert 4 <= time.monotonic() - before < 5
+    # One after the other, they would take 40 seconds.
+    assert 4 <= time.monotonic() - before < 20
+
+
+def test_five_curls_that_give_up_during_the_work_went_away(serve: Start) -> None:
+    server = serve("--delay", "1", "--log-level", "debug")
+    curls = [subprocess.Popen([tool("curl"), "-s", "-m", "0.5", server.url]) for _ in range(5)]
+    assert [curl.wait(20) for curl in curls] == [28] * 5  # its status for a timeout
+    server.wait_until(lambda: server.stderr.count(" bytes out, ") == 5)
+    assert server.stop() == 0
+    assert "0 answered, 0 sent nothing, 5 went away, " in server.stderr

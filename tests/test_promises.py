@@ -9,27 +9,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
-from process import Process, Start, hammering, receive_all, request, tool
+from process import Process, Start, activated, hammering, receive_all, request, tool
 from streams import read_all
 
-from trio_server import Outcome, Server
-from trio_server.connection import CLOSING_TIME
+from trio_server import Connections, Outcome, Shutdown, serve_connection, serve_tcp
 from trio_server.responder import REPLY
-
-SLACK = 0.9  # seconds; a busy machine is late
-
-# Runs the rest of the command line as a process manager does: with the socket whose descriptor
-# comes first on that line as descriptor 3, and the variables of sd_listen_fds(3).
-ACTIVATE = """
-import os, sys
-os.dup2(int(sys.argv[1]), 3)
-os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
-os.execv(sys.argv[2], sys.argv[2:])
-"""
+from trio_server.shutdown import CLOSING_TIME
 
 
 @pytest.fixture(autouse=True)
@@ -39,27 +30,18 @@ def many_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
 
 
-def activated(start: Start, descriptor: int, *options: str) -> Process:
-    activate = (sys.executable, "-c", ACTIVATE, str(descriptor))
-    return start("--port", "0", *options, prefix=activate, pass_fds=[descriptor])
-
-
-def descriptors(process: Process) -> int:
-    return len(list(Path(f"/proc/{process.popen.pid}/fd").iterdir()))
-
-
 def resident_pages(process: Process) -> int:
     return int(Path(f"/proc/{process.popen.pid}/statm").read_text().split()[1])
 
 
 def test_last_call_answers_500_clients_in_the_listen_queue(serve: Start) -> None:
     process = serve("--delay", "0.2")
-    process.kill(signal.SIGSTOP)
+    process.freeze()
     clients = [process.connect() for _ in range(500)]
     for client in clients:
         client.sendall(b"hi\n")
     process.kill(signal.SIGTERM)
-    process.kill(signal.SIGCONT)
+    process.thaw()
     for client in clients:
         with client:
             assert receive_all(client) == REPLY
@@ -71,9 +53,9 @@ def test_five_shutdowns_under_load_answer_all_they_let_in(serve: Start) -> None:
     for _ in range(5):
         process = serve("--delay", "0.05")
         with hammering(("127.0.0.1", process.port), clients=50) as results:
-            time.sleep(0.5)
+            while results["answered"] < 100:
+                time.sleep(0.01)
             assert process.stop() == 0
-        assert results["answered"] > 100
         refused = [result for result in results if result.startswith("ConnectionRefusedError")]
         assert set(results) <= {"answered", *refused}
 
@@ -95,10 +77,11 @@ def test_ten_restarts_under_load_lose_nothing(start: Start) -> None:
                 successor = start_next()
                 assert process.stop() == 0
                 process = successor
-                time.sleep(0.2)
+                enough = results["answered"] + 100
+                while results["answered"] < enough:
+                    time.sleep(0.01)
         assert process.stop() == 0
     assert set(results) == {"answered"}
-    assert results.total() > 1000
 
 
 @pytest.mark.parametrize("kind", ["file", "datagram", "not listening", "unix"])
@@ -174,16 +157,16 @@ def test_systemd_starts_it_on_the_first_connection_and_loses_nothing(start: Star
     assert process.stdout == ""
     with hammering(address, clients=50) as results:
         process.wait_for_banner()
-        time.sleep(1)
+        while results["answered"] < 100:
+            time.sleep(0.01)
     assert process.stop() == 0
     assert set(results) == {"answered"}
-    assert results.total() > 100
 
 
 async def test_1000_clients_at_once_with_a_limit_of_256_files(serve: Start) -> None:
     limited = ("sh", "-c", 'ulimit -n 256; exec "$@"', "sh")
     process = serve("--delay", "0.2", prefix=limited)
-    before = descriptors(process)
+    before = process.descriptors
     started = time.monotonic()
     results: Counter[bytes] = Counter()
 
@@ -198,7 +181,7 @@ async def test_1000_clients_at_once_with_a_limit_of_256_files(serve: Start) -> N
     assert results == {REPLY: 1000}
     seconds = time.monotonic() - started
 
-    process.wait_until(lambda: descriptors(process) == before)
+    process.wait_until(lambda: process.descriptors == before)
     complaints = re.findall("accept returned EMFILE", process.stderr)
     assert 1 <= len(complaints) <= seconds + 1
     assert "Traceback" not in process.stderr
@@ -214,48 +197,45 @@ def test_the_file_limit_is_raised_and_said(serve: Start) -> None:
     assert re.search(rf"Max open files\s+{hard}\s+{hard}\s", limits)
 
 
-def test_1000_hostile_clients_do_not_slow_a_good_one(serve: Start) -> None:
+def test_1000_hostile_clients_take_nothing_from_a_good_one(serve: Start) -> None:
     process = serve("--delay", "0.5", "--client-timeout", "2")
-    before = descriptors(process)
+    before = process.descriptors
     hostile = Path(__file__).with_name("hostile.py")
-    with subprocess.Popen([sys.executable, hostile, str(process.port), "12", "200"]) as mob:
-        process.wait_until(lambda: descriptors(process) > before + 500)
-        times = []
-        until = time.monotonic() + 10
-        while time.monotonic() < until:
-            started = time.monotonic()
+    with subprocess.Popen([sys.executable, hostile, str(process.port), "5", "200"]) as mob:
+        process.wait_until(lambda: process.descriptors > before + 500)
+        while mob.poll() is None:
             assert request(("127.0.0.1", process.port)) == "answered"
-            times.append(time.monotonic() - started)
-        assert mob.poll() is None
-        assert mob.wait(20) == 0
-    assert max(times) < 0.5 + 1
-    process.wait_until(lambda: descriptors(process) == before)
+        assert mob.wait() == 0
+    process.wait_until(lambda: process.descriptors == before)
     assert "Traceback" not in process.stderr
-    # Nothing is left to wait for: no connection's task is alive.
-    assert process.stop(seconds=1) == 0
+    assert process.stop() == 0
     ended = re.findall(r" \d+ bytes in, ", process.stderr)
     totals = re.findall(r"stopped: .*", process.stderr)
     assert len(ended) == sum(map(int, re.findall(r"\d+", totals[0])))
 
 
-def test_50000_connections_leave_descriptors_and_memory_flat(serve: Start) -> None:
+def test_30000_connections_leave_descriptors_and_memory_flat(serve: Start) -> None:
     process = serve("--delay", "0")
-    before = descriptors(process)
+    before = process.descriptors
 
-    def serve_half() -> int:
+    def serve_many(number: int) -> int:
         report = subprocess.run(
-            [tool("ab"), "-q", "-n", "25000", "-c", "50", process.url],
+            [tool("ab"), "-q", "-n", str(number), "-c", "50", process.url],
             capture_output=True,
             check=True,
             timeout=60,
         ).stdout
-        assert b"Complete requests:      25000\n" in report
+        assert f"Complete requests:      {number}\n" in report.decode()
         assert b"Failed requests:        0\n" in report
-        process.wait_until(lambda: descriptors(process) == before)
+        process.wait_until(lambda: process.descriptors == before)
         return resident_pages(process)
 
-    first, second = serve_half(), serve_half()
-    assert second <= first * 1.02
+    # A new process grows for a while, in steps: its allocator's pools find their size. A leak
+    # of 100 bytes a connection would be 2 % in each round, so a flat one shows that none is.
+    pages = [serve_many(20_000)]
+    while len(pages) == 1 or pages[-1] > pages[-2] * 1.01:
+        assert len(pages) <= 4, pages
+        pages.append(serve_many(10_000))
 
 
 BIG = 10_000_000  # bytes: more than the kernel's buffers take
@@ -277,6 +257,19 @@ async def faulty(request: bytes) -> bytes:
     return REPLY
 
 
+async def serve_in(
+    handler: Callable[[trio.SocketStream], Awaitable[object]],
+    shutdown: Shutdown,
+    *,
+    task_status: trio.TaskStatus[int],
+) -> None:
+    """Serve on a free port of 127.0.0.1, and say which."""
+    async with trio.open_nursery() as nursery:
+        serve = partial(serve_tcp, handler, 0, host="127.0.0.1", shutdown=shutdown)
+        listeners = await nursery.start(serve)
+        task_status.started(listeners[0].socket.getsockname()[1])
+
+
 async def connect(port: int, request: bytes = b"") -> trio.SocketStream:
     client = await trio.open_tcp_stream("127.0.0.1", port)
     if request:
@@ -294,10 +287,10 @@ async def read_slowly(client: trio.SocketStream) -> int:
 
 async def test_neighbours_do_not_notice_faulty_responders() -> None:
     tasks_before = trio.lowlevel.current_statistics().tasks_living
-    server = Server(faulty)
+    shutdown, connections = Shutdown(), Connections()
+    handler = partial(serve_connection, respond=faulty, shutdown=shutdown, connections=connections)
     async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(server.serve_tcp, 0, "127.0.0.1")
-        port = listeners[0].socket.getsockname()[1]
+        port = await nursery.start(serve_in, handler, shutdown)
         faults = (b"raise", b"raise group", b"nothing", b"never")
         clients = [await connect(port, fault) for fault in faults]
         slow_reads = []
@@ -308,67 +301,70 @@ async def test_neighbours_do_not_notice_faulty_responders() -> None:
 
         nursery.start_soon(read_big)
         for _ in range(10):
-            started = trio.current_time()
             async with await connect(port, b"hi") as client:
                 assert await read_all(client) == REPLY
-            assert trio.current_time() - started < 0.2 + SLACK
         for client in clients[:3]:
             assert await read_all(client) == b""
         while not slow_reads:
             await trio.sleep(0.01)
         assert slow_reads == [BIG]
-
-        started = trio.current_time()
-        server.shut_down(0.3)
-    assert trio.current_time() - started < 0.3 + SLACK
+        shutdown.begin(0.3)
     for client in clients:
         await client.aclose()
-    assert server.outcomes == {Outcome.ANSWERED: 11, Outcome.FAILED: 3, Outcome.CUT_OFF: 1}
+    assert connections.outcomes == {Outcome.ANSWERED: 11, Outcome.FAILED: 3, Outcome.CUT_OFF: 1}
     assert trio.lowlevel.current_statistics().tasks_living == tasks_before
 
 
 async def test_shutdown_with_a_connection_in_every_state() -> None:
     async def respond(request: bytes) -> bytes:
         if request == b"work":
-            await trio.sleep(1.5)
+            await trio.sleep(1.2)
         return bytes(BIG) if request == b"big" else REPLY
 
-    server = Server(respond, max_connections=4)
+    shutdown, connections = Shutdown(), Connections()
+    handler = partial(
+        serve_connection,
+        respond=respond,
+        limiter=trio.CapacityLimiter(1),
+        shutdown=shutdown,
+        connections=connections,
+    )
     async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(server.serve_tcp, 0, "127.0.0.1")
-        port = listeners[0].socket.getsockname()[1]
-
+        port = await nursery.start(serve_in, handler, shutdown)
         silent = await connect(port)
-        in_flight = await connect(port, b"work")
         replying = await connect(port, b"big")
-        closing = await connect(port, b"quick")
-        assert await read_all(closing) == REPLY
-        waiting = await connect(port, b"work")
-        waiting_silent = await connect(port)
-        with trio.fail_after(1):  # until all are accepted, and three requests received
-            while server.in_flight < 3 or len(server._connections) < 6:  # noqa: SLF001
-                await trio.sleep(0.01)
+        await replying.receive_some(1)
+        draining = await connect(port, b"quick")
+        assert await read_all(draining) == REPLY
+        in_flight = await connect(port, b"work")
+        waiting = await connect(port, b"work")  # for the permit of the one before
+        while connections.in_flight < 3 or len(connections.open) < 5:
+            await trio.sleep(0.01)
 
         started = trio.current_time()
-        server.shut_down(3.5)
+        shutdown.begin(3)
 
         async def expect(client: trio.SocketStream, reply: bytes, earliest: float) -> None:
             assert await read_all(client) == reply
-            assert earliest <= trio.current_time() - started < earliest + SLACK
+            assert trio.current_time() - started >= earliest
 
         async with trio.open_nursery() as clients:
             clients.start_soon(expect, silent, b"", CLOSING_TIME)
-            clients.start_soon(expect, waiting_silent, b"", CLOSING_TIME)
-            clients.start_soon(expect, in_flight, REPLY, 1.4)
-            clients.start_soon(expect, waiting, REPLY, CLOSING_TIME + 1.5)
-    assert 3.5 <= trio.current_time() - started < 3.5 + SLACK  # the slow reader is cut off
-    assert server.outcomes == {Outcome.ANSWERED: 3, Outcome.TIMED_OUT: 2, Outcome.CUT_OFF: 1}
-    for client in (silent, in_flight, replying, closing, waiting, waiting_silent):
+            clients.start_soon(expect, in_flight, REPLY, 1.1)
+            clients.start_soon(expect, waiting, REPLY, 1.2 + 1.1)
+    # The grace period ends for the one that does not take its reply.
+    assert trio.current_time() - started >= 3
+    assert connections.outcomes == {
+        Outcome.ANSWERED: 3,
+        Outcome.SENT_NOTHING: 1,
+        Outcome.CUT_OFF: 1,
+    }
+    for client in (silent, in_flight, replying, draining, waiting):
         await client.aclose()
 
 
 def test_a_signal_with_a_connection_in_every_state(serve: Start) -> None:
-    process = serve("--delay", "1.5", "--max-connections", "3", "--log-level", "debug")
+    process = serve("--delay", "1", "--max-concurrent", "1", "--log-level", "debug")
 
     def connected(text: bytes) -> socket.socket:
         client = process.connect()
@@ -376,25 +372,85 @@ def test_a_signal_with_a_connection_in_every_state(serve: Start) -> None:
         return client
 
     with (
-        connected(b"closes last") as closing,
-        connected(b"hi") as in_flight,
+        connected(b"drains") as draining,
         process.connect() as silent,
-        connected(b"waits") as waiting,
-        process.connect() as waiting_silent,
     ):
-        assert closing.recv(1000) == REPLY
-        process.wait_for_log("sent 5 bytes")
-        started = time.monotonic()
-        process.kill(signal.SIGTERM)
-        for client, reply in (
-            (in_flight, REPLY),
-            (silent, b""),
-            (waiting_silent, b""),
-            (waiting, REPLY),
-        ):
-            assert receive_all(client) == reply
-        in_flight.close()
-        waiting.close()
+        assert draining.recv(1000) == REPLY
+        with connected(b"hi") as in_flight, connected(b"waits") as waiting:
+            process.wait_for_log("sent 2 bytes")
+            process.wait_for_log("sent 5 bytes")
+            process.kill(signal.SIGTERM)
+            assert receive_all(silent) == b""
+            assert receive_all(in_flight) == REPLY
+            assert receive_all(waiting) == REPLY
         assert process.wait() == 0
-        assert time.monotonic() - started < 1 + 1.5 + SLACK
-    assert "3 answered, 0 sent nothing, 0 went away, 2 timed out, 0 cut off" in process.stderr
+    assert "3 answered, 1 sent nothing, 0 went away, 0 timed out, 0 cut off" in process.stderr
+
+
+def test_100_silent_clients_hold_no_permit(serve: Start) -> None:
+    process = serve("--delay", "0.2", "--max-concurrent", "10")
+    silent = [process.connect() for _ in range(100)]
+    # With the limit around the connection, it would take ten client timeouts: 300 s.
+    assert request(("127.0.0.1", process.port)) == "answered"
+    assert process.stop() == 0
+    for client in silent:
+        client.close()
+    assert "1 answered, 100 sent nothing, " in process.stderr
+
+
+def test_clients_silent_after_their_reply_are_let_go_before_the_client_timeout(
+    serve: Start,
+) -> None:
+    process = serve("--delay", "0", "--client-timeout", "60")
+    before = process.descriptors
+    clients = [process.connect() for _ in range(20)]
+    for client in clients:
+        client.sendall(b"hi\n")
+    for client in clients:
+        assert client.recv(1000) == REPLY
+    assert process.descriptors == before + 20
+    process.wait_until(lambda: process.descriptors == before)
+    for client in clients:
+        client.close()
+    assert process.stop() == 0
+    assert "20 answered, " in process.stderr
+
+
+async def test_a_shutdown_reads_all_of_a_request_before_it_closes() -> None:
+    # The second packet of each request arrives while the reply is being made, which is larger
+    # than what the client takes. If a connection were closed with that packet unread, the kernel
+    # would reset it, and drop what it has not sent yet.
+    size = 16_000
+    go = trio.Event()
+
+    async def respond(request: bytes) -> bytes:
+        await go.wait()
+        return bytes(size)
+
+    def connect_with_small_window() -> socket.socket:
+        client = socket.socket()
+        client.settimeout(10)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(listener.socket.getsockname())
+        return client
+
+    shutdown, connections = Shutdown(), Connections()
+    handler = partial(
+        serve_connection, respond=respond, shutdown=shutdown, connections=connections
+    )
+    async with trio.open_nursery() as nursery:
+        serve = partial(serve_tcp, handler, 0, host="127.0.0.1", shutdown=shutdown)
+        [listener] = await nursery.start(serve)
+        clients = [connect_with_small_window() for _ in range(200)]
+        for client in clients:
+            client.sendall(b"first")
+        while connections.in_flight < 200:
+            await trio.sleep(0.01)
+        for client in clients:
+            client.sendall(b"second")
+        shutdown.begin()
+        go.set()
+    assert connections.outcomes == {Outcome.ANSWERED: 200}
+    for client in clients:
+        with client:
+            assert len(receive_all(client)) == size
