@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from functools import partial
 
 import pytest
@@ -143,7 +143,7 @@ async def test_listeners_are_closed_in_the_instant_of_the_last_look_at_their_que
     instant = Instant(lambda: server.listener.socket.fileno() == -1)
     clients_wait = accept_queue._clients_wait  # noqa: SLF001 - the last look
 
-    def look(listeners: Iterable[trio.SocketListener]) -> bool:
+    def look(listeners: Collection[trio.SocketListener]) -> bool:
         instant.task = trio.lowlevel.current_task()
         return clients_wait(listeners)
 

@@ -1,0 +1,128 @@
+"""The log of the command, which never makes anybody wait.
+
+Whoever reads stderr may stop reading: a pager, Ctrl-S, a log driver that is held up. A plain
+handler then blocks at its next line, and with it the whole server. So here a line goes into a
+buffer, a task empties that, and only a worker thread of Trio's ever waits for the reader.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+
+import trio
+
+BUFFER_SIZE = 10_000  # lines, about a megabyte; a few seconds of a server that is busy
+INTERVAL = 0.1  # seconds between two writes: too short to notice, enough to write lines together
+LAST_SECOND = 1.0  # seconds that the last lines get, when the server has stopped
+
+PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # syslog(3)
+
+logger: logging.Logger = logging.getLogger("trio_server")
+
+
+class Log(logging.Handler):
+    """Writes the log to stderr, as long as somebody reads it.
+
+    Lines that do not fit into the buffer are dropped and counted. The count is logged as soon as
+    there is room.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: deque[str] = deque()
+        self._dropped = 0
+        self._ended = trio.Event()
+        self._scope = trio.CancelScope()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Put a record into the buffer."""
+        if len(self._lines) < BUFFER_SIZE:
+            self._lines.append(self.format(record))
+        else:
+            self._dropped += 1
+
+    def say(self, text: str) -> None:
+        """Log a line at INFO whatever the log level, as somebody has asked for it."""
+        self.handle(logging.makeLogRecord({"msg": text, "levelname": "INFO"}))
+
+    async def run(self) -> None:
+        """Write what gathers in the buffer, until `end`."""
+        with self._scope:
+            while self._lines or not self._ended.is_set():
+                with trio.move_on_after(INTERVAL):
+                    await self._ended.wait()
+                text = "".join(f"{line}\n" for line in self._lines)
+                self._lines.clear()
+                if self._dropped:
+                    logger.warning("%d lines of this log were dropped", self._dropped)
+                    self._dropped = 0
+                if text:
+                    await trio.to_thread.run_sync(_write, text, abandon_on_cancel=True)
+
+    def end(self) -> None:
+        """Write what is left within a second, then let `run` return."""
+        self._ended.set()
+        self._scope.deadline = trio.current_time() + LAST_SECOND
+
+
+def _write(text: str) -> None:
+    """Write to stderr. Nobody there, or a disk that is full, is no reason to stop serving."""
+    data = text.encode(errors="backslashreplace")
+    # Not through `sys.stderr`, whose lock a thread that is stuck would keep at the exit. It is
+    # None when the descriptor was closed from the start, and may mean something else by now.
+    with suppress(OSError):
+        while data and sys.stderr is not None:
+            data = data[os.write(sys.stderr.fileno(), data) :]
+
+
+class JournalFormatter(logging.Formatter):
+    """Puts the priority before each line, as the journal wants it (sd-daemon(3))."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write a record, perhaps with a traceback, in lines."""
+        prefix = f"<{PRIORITIES.get(record.levelname, 6)}>"
+        return "\n".join(prefix + line for line in super().format(record).splitlines())
+
+
+class OncePerSecond(logging.Filter):
+    """Lets one record a second pass, without its traceback.
+
+    At the limit of open files Trio logs every failed `accept`, ten times a second for each
+    listener.
+    """
+
+    _next = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Decide on a record."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + 1
+        record.exc_info = None
+        return True
+
+
+def set_up_logging(level: str) -> Log:
+    """Log from a level on; return the handler, whose `run` has to be running."""
+    log = Log()
+    if _stderr_is_the_journal():
+        log.setFormatter(JournalFormatter())  # The journal knows the time.
+    else:
+        text, times = "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"
+        log.setFormatter(logging.Formatter(text, times))
+    logging.basicConfig(handlers=[log], level=level.upper())
+    logging.getLogger("trio.serve_listeners").addFilter(OncePerSecond())
+    return log
+
+
+def _stderr_is_the_journal() -> bool:
+    """Tell whether stderr is what systemd has connected to the journal (systemd.exec(5))."""
+    try:
+        stderr = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
