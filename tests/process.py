@@ -46,8 +46,8 @@ class Process:
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
-        """Where the log says that it listens."""
-        found = re.findall(r"listening on \[?([^]\s]+?)\]?:(\d+)\n", self.stderr)
+        """Where it says that it listens."""
+        found = re.findall(r"Listening on http://\[?([^]\s]+?)\]?:(\d+) ", self.stdout)
         return [(host, int(port)) for host, port in found]
 
     @property
@@ -62,8 +62,7 @@ class Process:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 
     def wait_for_banner(self) -> None:
-        self.wait_until(lambda: self.stdout != "")
-        assert self.stdout == f"{BANNER}\n"
+        self.wait_until(lambda: self.stdout.endswith(f"{BANNER}\n"))
 
     def wait_for_log(self, text: str) -> None:
         self.wait_until(lambda: text in self.stderr)

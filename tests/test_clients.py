@@ -38,7 +38,7 @@ def test_curl_post(size: int, server: Process, tmp_path: Path) -> None:
     command = ("-si", "-H", "Expect:", "--data-binary", f"@{body}", server.url)
     assert run(tool("curl"), *command) == REPLY
     server.wait_for_log("answered")
-    received = re.search(r"answered: (\d+) bytes in", server.stderr)
+    received = re.search(r"answered in [\d.]+ s: (\d+) bytes in", server.stderr)
     assert received
     assert int(received[1]) > REQUEST_SIZE  # curl stops once it has its reply
 
@@ -93,6 +93,6 @@ def test_five_curls_that_give_up_during_the_work_went_away(serve: Start) -> None
     server = serve("--delay", "1", "--log-level", "debug")
     curls = [subprocess.Popen([tool("curl"), "-s", "-m", "0.5", server.url]) for _ in range(5)]
     assert [curl.wait(20) for curl in curls] == [28] * 5  # its status for a timeout
-    server.wait_until(lambda: server.stderr.count(" bytes out, ") == 5)
+    server.wait_until(lambda: server.stderr.count(" bytes in, ") == 5)
     assert server.stop() == 0
     assert "0 answered, 0 sent nothing, 5 went away, " in server.stderr

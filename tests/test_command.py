@@ -2,14 +2,16 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from process import BANNER, Process, Start, receive_all, tool
+from process import BANNER, Process, Start, activated, receive_all, tool
 
 import trio_server
 from trio_server.responder import REPLY
+from trio_server.signals import ONE_STOP
 
 SLACK = 0.9  # seconds; a busy machine is late
 
@@ -22,40 +24,90 @@ def send(process: Process, request: bytes = b"hi\n") -> socket.socket:
     return client
 
 
-def test_the_banner_says_that_it_accepts_and_is_alone_on_stdout(start: Start) -> None:
+def test_stdout_says_where_it_listens_and_last_that_it_accepts(start: Start) -> None:
     process = start("--host", "127.0.0.1", "--port", "0", "--delay", "0")
-    process.wait_until(lambda: process.stdout != "")
+    process.wait_for_banner()
     # Connecting at once must succeed.
     with process.connect() as client:
         client.sendall(b"hi\n")
         assert receive_all(client) == REPLY
     assert process.stop() == 0
-    assert process.stdout == f"{BANNER}\n"
+    assert process.stdout == (
+        f"Listening on http://127.0.0.1:{process.port} (Ctrl-C stops)\n{BANNER}\n"
+    )
+
+
+def lines_of(process: Process) -> list[str]:
+    """Return the log without its times."""
+    return [re.sub(r"^[\d-]{10} [\d:]{8} ", "", line) for line in process.stderr.splitlines()]
 
 
 def test_each_connection_leaves_one_line_and_the_end_the_totals(serve: Start) -> None:
     process = serve("--delay", "0.1")
     with process.connect() as client:
         port = client.getsockname()[1]
-        client.sendall(b"hi\n")
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert receive_all(client) == REPLY
     process.wait_for_log("answered")
-    process.connect().close()
-    process.wait_for_log("sent nothing")
-    assert process.stop() == 0
-    lines = [re.sub(r"^\S+ \S+ ", "", line) for line in process.stderr.splitlines()]
-    assert re.fullmatch(r"INFO listening on 127\.0\.0\.1:\d+", lines[0])
+    process.connect().close()  # Who sends nothing is counted, and not shown.
+    process.wait_until(lambda: process.stop() == 0)
+    answered, shutting_down, stopped = lines_of(process)
     assert re.fullmatch(
-        rf"INFO 127\.0\.0\.1:{port} answered: 3 bytes in, {len(REPLY)} bytes out, 0\.\d{{3}} s",
-        lines[1],
+        rf"INFO 127\.0\.0\.1:{port} answered in 0\.\d{{3}} s: 35 bytes in, {len(REPLY)} out, "
+        r"GET / HTTP/1\.1",
+        answered,
     )
-    assert re.fullmatch(
-        r"INFO 127\.0\.0\.1:\d+ sent nothing: 0 bytes in, 0 bytes out, 0\.\d{3} s", lines[2]
+    assert shutting_down == "INFO SIGTERM: shutting down"
+    assert stopped == (
+        "INFO stopped: 1 answered, 1 sent nothing, 0 went away, 0 timed out, 0 cut off, 0 failed"
     )
-    assert lines[3:] == [
-        "INFO SIGTERM: shutting down, 0 in flight may take up to 30 s; a second signal stops now",
-        "INFO stopped: 1 answered, 1 sent nothing, 0 went away, 0 timed out, 0 cut off, 0 failed",
-    ]
+
+
+def test_the_line_of_a_curl_fits_into_100_columns(serve: Start) -> None:
+    process = serve("--delay", "0.1")  # which has as many digits as 4
+    subprocess.check_call([tool("curl"), "-s", process.url], stdout=subprocess.DEVNULL)
+    process.wait_for_log("answered in 0.1")
+    [line] = process.stderr.splitlines()
+    assert len(line) <= 100
+
+
+def test_a_client_cannot_forge_a_line_of_the_log_or_move_the_cursor(serve: Start) -> None:
+    process = serve("--delay", "0")
+    with process.connect() as client:
+        client.sendall(b"\r\n2026-01-01 INFO forged\x1b[2J\xe9'\"\\\n and more")
+        assert receive_all(client) == REPLY
+    process.wait_for_log("answered")
+    [line] = process.stderr.splitlines()
+    assert line.endswith("111 out, 2026-01-01 INFO forged\\x1b[2J\\xe9\\'\\\"\\\\")
+    assert line.isascii()
+    assert line.isprintable()
+
+
+def test_an_ipv4_client_of_a_dual_stack_socket_is_shown_as_ipv4(start: Start) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no dual-stack sockets on this machine")
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
+        process = activated(start, listener.fileno(), "--delay", "0")
+        process.wait_for_banner()
+        with socket.create_connection(("127.0.0.1", listener.getsockname()[1])) as client:
+            client.sendall(b"hi")
+            assert receive_all(client) == REPLY
+            port = client.getsockname()[1]
+        process.wait_for_log(f" 127.0.0.1:{port} answered")
+
+
+def test_an_inherited_unix_socket_is_served(start: Start, tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(path)
+        listener.listen()
+        process = activated(start, listener.fileno(), "--delay", "0")
+        process.wait_for_banner()
+        assert f"Listening on {path} " in process.stdout
+        client.connect(path)
+        client.sendall(b"hi")
+        assert receive_all(client) == REPLY
+    process.wait_for_log(" client answered in ")
 
 
 def test_localhost_is_every_address_of_that_name_on_a_port_of_its_own(start: Start) -> None:
@@ -78,7 +130,7 @@ def test_ipv6_addresses_stand_in_brackets(start: Start) -> None:
         pytest.skip("no IPv6 on this machine")
     process = start("--host", "::1", "--port", "0", "--delay", "0")
     process.wait_for_banner()
-    assert f"listening on [::1]:{process.port}\n" in process.stderr
+    assert f"Listening on http://[::1]:{process.port} (Ctrl-C stops)\n" in process.stdout
     with socket.create_connection(("::1", process.port)) as client:
         client.sendall(b"hi\n")
         assert receive_all(client) == REPLY
@@ -104,20 +156,29 @@ def test_delay(serve: Start) -> None:
 
 
 def test_client_timeout(serve: Start) -> None:
-    process = serve("--client-timeout", "0.5")
+    process = serve("--client-timeout", "0.5", "--log-level", "debug")
     before = time.monotonic()
     with process.connect() as client:
         assert receive_all(client) == b""
     assert 0.5 <= time.monotonic() - before < 0.5 + SLACK
-    process.wait_for_log("timed out: 0 bytes in, 0 bytes out")
+    process.wait_for_log("timed out: 0 bytes in, 0 out")
 
 
-def test_log_level_debug_shows_the_stages(serve: Start) -> None:
+def test_log_level_debug_shows_each_step(serve: Start) -> None:
     process = serve("--log-level", "debug", "--delay", "0")
     with process.connect() as client:
+        port = client.getsockname()[1]
+        process.wait_for_log(f"127.0.0.1:{port} connected")
         client.sendall(b"hi\n")
-        assert receive_all(client) == REPLY
-    process.wait_for_log("sent 3 bytes")
+        process.wait_for_log(f"127.0.0.1:{port} sent 3 bytes")
+    process.connect().close()
+    process.wait_for_log(" sent nothing: 0 bytes in, 0 out")
+    assert process.stop() == 0
+    ignored, empty = (
+        process.stderr.index("newcomers are ignored"),
+        process.stderr.index("the accept queues are empty"),
+    )
+    assert ignored < empty
 
 
 def test_log_level_warning_is_silent_when_all_is_well(start: Start) -> None:
@@ -156,6 +217,7 @@ def test_help_shows_defaults_and_an_example(start: Start) -> None:
         *(("--delay", value) for value in ("-1", "nan", "inf", "-inf", "abc", "")),
         *(("--client-timeout", value) for value in ("-1", "0", "nan", "inf", "abc")),
         *(("--grace-period", value) for value in ("-1", "nan", "inf", "abc")),
+        *(("--host", value) for value in ("[::1]", "http://localhost", "localhost:8080")),
         *(("--max-concurrent", value) for value in ("0", "-1", "1.5", "abc")),
         ("--log-level", "loud"),
     ],
@@ -212,12 +274,18 @@ def test_a_host_of_another_machine(start: Start) -> None:
     )
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
 def test_one_signal_answers_what_is_in_flight(signum: signal.Signals, serve: Start) -> None:
     process = serve("--delay", "1", "--log-level", "debug")
     with send(process) as client:
         process.kill(signum)
-        process.wait_for_log(f"{signum.name}: shutting down, 1 in flight may take up to 30 s")
+        process.wait_for_log(
+            f"{signum.name}: shutting down, 1 in flight may take up to 30 s; "
+            "a second signal stops now\n"
+        )
         assert receive_all(client) == REPLY
     assert process.wait() == 0
     assert "stopped: 1 answered, " in process.stderr
@@ -228,33 +296,72 @@ def test_two_signals_cut_off_what_is_in_flight(serve: Start) -> None:
     with send(process) as client:
         process.kill(signal.SIGINT)
         process.wait_for_log("a second signal stops now")
+        time.sleep(ONE_STOP)
         assert process.stop(signal.SIGINT) == 1
         assert receive_all(client) == b""
-    assert "cut off: 3 bytes in, 0 bytes out" in process.stderr
+    assert re.search(r" cut off after \d\.\d{3} s: 3 bytes in, 0 out, hi\n", process.stderr)
     assert "1 cut off" in process.stderr
     assert "Traceback" not in process.stderr
 
 
+@pytest.mark.parametrize("pair", [STOP_SIGNALS[:2], [signal.SIGTERM] * 2, [signal.SIGINT] * 2])
+def test_two_signals_within_half_a_second_are_one_stop(
+    pair: list[signal.Signals], serve: Start
+) -> None:
+    process = serve("--delay", "1", "--log-level", "debug")
+    with send(process) as client:
+        process.kill(pair[0])
+        process.wait_for_log("shutting down")
+        process.kill(pair[1])
+        assert receive_all(client) == REPLY
+    assert process.wait() == 0
+    assert "stopping now" not in process.stderr
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(
+    signum: signal.Signals, serve: Start
+) -> None:
+    ignoring = ("sh", "-c", f'trap "" {signum.name[3:]}; exec "$@"', "sh")
+    process = serve("--delay", "0", prefix=ignoring)
+    process.kill(signum)
+    with process.connect() as client:
+        client.sendall(b"hi\n")
+        assert receive_all(client) == REPLY
+    other = signal.SIGTERM if signum != signal.SIGTERM else signal.SIGINT
+    assert process.stop(other) == 0
+    assert f"{signum.name}: shutting down" not in process.stderr
+
+
 def test_two_signals_with_nothing_in_flight_are_no_failure(serve: Start) -> None:
-    process = serve("--log-level", "debug", "--delay", "0")
+    process = serve("--delay", "0")
     with process.connect(), process.connect() as client:
         client.sendall(b"hi\n")
         assert receive_all(client) == REPLY  # both are accepted by now
         process.kill(signal.SIGINT)
-        process.wait_for_log("a second signal stops now")
+        process.wait_for_log("SIGINT: shutting down\n")
+        time.sleep(ONE_STOP)
         assert process.stop(signal.SIGINT) == 0
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signals_without_end_are_no_failure(signum: signal.Signals, start: Start) -> None:
-    # A name to resolve, as that takes a thread, and a signal may reach any thread.
-    process = start("--host", "localhost", "--port", "0")
-    process.wait_for_banner()
-    while process.popen.poll() is None:
-        process.kill(signum)
-        time.sleep(0.0005)
-    assert process.wait() == 0
-    assert "Traceback" not in process.stderr
+def test_sigusr1_says_what_goes_on_at_any_log_level(serve: Start) -> None:
+    process = serve("--delay", "60", "--max-concurrent", "1", "--log-level", "error")
+    with process.connect() as first, process.connect() as second, process.connect():
+        first.sendall(b"hi")
+        second.sendall(b"hi")
+
+        def status() -> str:
+            process.kill(signal.SIGUSR1)
+            time.sleep(0.2)
+            return process.stderr
+
+        process.wait_until(lambda: "3 open, 2 in flight" in status())
+    assert re.search(
+        r"INFO 3 open, 2 in flight \(the oldest for \d\.\d s, 1 wait for a place\); "
+        r"since [\d-]{10} [\d:]{8}: 0 answered, 0 sent nothing, .*, 0 failed\n",
+        process.stderr,
+    )
+    assert process.popen.poll() is None
 
 
 def test_the_end_of_the_grace_period(serve: Start) -> None:
@@ -305,9 +412,86 @@ def test_a_reader_of_the_banner_that_has_gone_is_no_reason_to_stop(start: Start)
     os.close(reader)
     process = start("--host", "127.0.0.1", "--port", "0", "--delay", "0", stdout=writer)
     os.close(writer)
-    process.wait_for_log("listening on")
-    with process.connect() as client:
+    process.wait_until(lambda: socket_of(process) is not None)
+    with socket.create_connection(("127.0.0.1", socket_of(process) or 0)) as client:
         client.sendall(b"hi\n")
         assert receive_all(client) == REPLY
     assert process.stop() == 0
     assert "Traceback" not in process.stderr
+
+
+def socket_of(process: Process) -> int | None:
+    """Find the port of a process that cannot say it."""
+    listening = subprocess.check_output([tool("ss"), "-Hltnp"], text=True)
+    found = re.search(rf":(\d+) .*pid={process.popen.pid},", listening)
+    return int(found[1]) if found else None
+
+
+@pytest.mark.parametrize(
+    ("host", "advice"),
+    [
+        ("[::1]", "write --host ::1"),
+        ("http://localhost", "write --host localhost"),
+        ("localhost:8080", "write --host localhost --port 8080"),
+        ("https://[::1]:80/", "write --host ::1 --port 80"),
+    ],
+)
+def test_a_host_that_is_a_part_of_a_url_is_told_how_to_be_written(
+    host: str, advice: str, start: Start
+) -> None:
+    process = start("--host", host)
+    assert process.wait() == 2
+    assert process.stderr.endswith(f"{host!r} is more than a host: {advice}\n")
+
+
+def test_head_gets_the_header_fields_without_the_body(serve: Start) -> None:
+    process = serve("--delay", "0")
+    with process.connect() as client:
+        client.sendall(b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert receive_all(client) == REPLY.removesuffix(b"Hello World!")
+
+
+class Manager:
+    """A process manager that wants to be told (sd_notify(3))."""
+
+    def __init__(self, address: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(address)
+        self.socket.settimeout(10)
+
+    def hears(self) -> str:
+        return self.socket.recv(4096).decode()
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_a_process_manager_is_told_of_each_step(
+    abstract: bool,  # noqa: FBT001 - pytest passes it
+    serve: Start,
+    tmp_path: Path,
+) -> None:
+    name = f"{tmp_path.name}-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    manager = Manager(f"\0{name}" if abstract else name)
+    with manager.socket:
+        address = f"@{name}" if abstract else name
+        process = serve(env={**os.environ, "NOTIFY_SOCKET": address})
+        assert manager.hears() == "READY=1"
+        process.kill(signal.SIGUSR1)
+        assert manager.hears().startswith("STATUS=0 open, 0 in flight; since ")
+        process.kill(signal.SIGTERM)
+        assert manager.hears() == "STOPPING=1"
+    assert process.wait() == 0
+
+
+def test_a_process_manager_that_is_gone_is_no_reason_to_stop(serve: Start, tmp_path: Path) -> None:
+    process = serve(env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "gone")})
+    assert process.stop() == 0
+
+
+def test_a_start_that_fails_is_not_ready(start: Start, tmp_path: Path) -> None:
+    manager = Manager(str(tmp_path / "notify"))
+    with manager.socket:
+        settings = {"env": {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}}
+        assert start("--host", "host.invalid", **settings).wait() == 1
+        manager.socket.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            manager.hears()

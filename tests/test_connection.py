@@ -159,7 +159,7 @@ async def test_the_request_is_the_first_kilobyte_and_the_rest_is_discarded(
     trial = Trial(nursery, server, echo)
     assert await ask(client, b"x" * 3000) == b"x" * REQUEST_SIZE == b"x" * 1024
     assert (await trial.end())[0] is Outcome.ANSWERED
-    assert "3000 bytes in, 1024 bytes out" in caplog.text
+    assert "3000 bytes in, 1024 out, xxx" in caplog.text
 
 
 async def test_a_responder_gets_bytes_also_in_memory(
@@ -589,8 +589,9 @@ async def test_one_line_at_info_says_how_long_the_reply_took(
     await trial.end()
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert lines == [
+        ("DEBUG", "client connected"),
         ("DEBUG", "client sent 3 bytes"),
-        ("INFO", f"client answered: 3 bytes in, {len(REPLY)} bytes out, 4.000 s"),
+        ("INFO", f"client answered in 4.000 s: 3 bytes in, {len(REPLY)} out, hi"),
     ]
 
 

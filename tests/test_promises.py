@@ -70,7 +70,6 @@ def test_ten_restarts_under_load_lose_nothing(start: Start) -> None:
             return process
 
         process = start_next()
-        assert "serving on inherited sockets" in process.stderr
         assert process.addresses == [address]
         with hammering(address, clients=50) as results:
             for _ in range(10):
@@ -84,7 +83,7 @@ def test_ten_restarts_under_load_lose_nothing(start: Start) -> None:
     assert set(results) == {"answered"}
 
 
-@pytest.mark.parametrize("kind", ["file", "datagram", "not listening", "unix"])
+@pytest.mark.parametrize("kind", ["file", "datagram", "not listening", "connected"])
 def test_an_inherited_descriptor_of_the_wrong_kind(
     kind: str, start: Start, tmp_path: Path
 ) -> None:
@@ -92,32 +91,31 @@ def test_an_inherited_descriptor_of_the_wrong_kind(
         (tmp_path / "file").open("w") as file,
         socket.socket(type=socket.SOCK_DGRAM) as datagram,
         socket.socket() as plain,
-        socket.socket(socket.AF_UNIX) as unix,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as connected,
     ):
-        unix.bind(str(tmp_path / "socket"))
-        unix.listen()
         descriptor = {
             "file": file.fileno(),
             "datagram": datagram.fileno(),
             "not listening": plain.fileno(),
-            "unix": unix.fileno(),
+            "connected": connected.fileno(),  # as with Accept=yes
         }[kind]
         process = activated(start, descriptor)
         assert process.wait() == 1
     assert process.stdout == ""
     assert process.stderr == (
-        "trio-server: inherited descriptor 3 is not a listening TCP socket: "
-        "pass one, as with ListenStream= in a systemd socket unit\n"
+        "trio-server: inherited descriptor 3 is not a listening stream socket: "
+        "pass one, as with ListenStream= and Accept=no in a systemd socket unit\n"
     )
 
 
-@pytest.mark.parametrize("number", ["one", "-1"])
+@pytest.mark.parametrize("number", ["one", "-1", "9" * 5000])
 def test_a_number_of_inherited_sockets_that_is_none(number: str, start: Start) -> None:
     set_pid = ("sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh")
     process = start(prefix=set_pid, env={**os.environ, "LISTEN_FDS": number})
     assert process.wait() == 1
     assert process.stderr == (
-        f"trio-server: LISTEN_FDS={number} is not a number of sockets: unset it\n"
+        f"trio-server: LISTEN_FDS={number[:20]} is not a number of sockets: unset it\n"
     )
 
 
@@ -127,7 +125,6 @@ def test_sockets_for_another_process_are_not_for_us(start: Start) -> None:
         process = start("--host", "127.0.0.1", "--port", "0", env=variables)
         process.wait_for_banner()
         assert process.addresses != [listener.getsockname()]
-    assert "inherited" not in process.stderr
 
 
 def test_inherited_sockets_are_not_passed_on(start: Start) -> None:
@@ -192,13 +189,13 @@ def test_the_file_limit_is_raised_and_said(serve: Start) -> None:
     lowered = ("sh", "-c", 'ulimit -S -n 100; exec "$@"', "sh")
     process = serve("--log-level", "debug", prefix=lowered)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert f"limit of open files: was 100, is {hard}\n" in process.stderr
+    process.wait_for_log(f"limit of open files: was 100, is {hard}\n")
     limits = Path(f"/proc/{process.popen.pid}/limits").read_text()
     assert re.search(rf"Max open files\s+{hard}\s+{hard}\s", limits)
 
 
 def test_1000_hostile_clients_take_nothing_from_a_good_one(serve: Start) -> None:
-    process = serve("--delay", "0.5", "--client-timeout", "2")
+    process = serve("--delay", "0.5", "--client-timeout", "2", "--log-level", "debug")
     before = process.descriptors
     hostile = Path(__file__).with_name("hostile.py")
     with subprocess.Popen([sys.executable, hostile, str(process.port), "5", "200"]) as mob:

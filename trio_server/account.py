@@ -1,6 +1,8 @@
-"""An account of connections: which are open, and what came of the others."""
+"""An account of connections: which are open, what came of the others, and a line about each."""
 
 import logging
+import re
+import time
 from collections import Counter
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -9,6 +11,8 @@ import trio
 
 if TYPE_CHECKING:
     from trio_server.connection import Connection
+
+SHOWN = 60  # characters of a request that the log shows
 
 logger: logging.Logger = logging.getLogger("trio_server")
 
@@ -30,27 +34,71 @@ class Connections:
     Attributes:
         open: Those that are open.
         outcomes: How many have ended, by what came of them.
+        since: When it began to count, in seconds since the epoch.
     """
 
     def __init__(self) -> None:
         self.open: set[Connection] = set()
         self.outcomes: Counter[Outcome] = Counter()
+        self.since: float = time.time()
 
     @property
     def in_flight(self) -> int:
         """How many requests were received whose reply has not been sent yet."""
         return sum(connection.in_flight for connection in self.open)
 
+    def begin(self, connection: "Connection") -> None:
+        """Take a connection in."""
+        self.open.add(connection)
+        logger.debug("%s connected", connection.peer)
+
     def end(self, connection: "Connection") -> None:
-        """Count a connection that has ended, and log one line about it."""
+        """Count a connection that has ended, and log a line about it."""
         self.open.discard(connection)
         self.outcomes[connection.outcome] += 1
-        now = trio.current_time()
-        logger.info(
-            "%s %s: %d bytes in, %d bytes out, %.3f s",
-            connection.peer,
-            connection.outcome.value,
-            connection.bytes_in,
-            connection.bytes_out,
-            (connection.replied_at or now) - (connection.received_at or now),
+        # Health checks, port scans and a browser's spare connections send nothing.
+        level = logging.INFO if connection.bytes_in else logging.DEBUG
+        if logger.isEnabledFor(level):
+            logger.log(level, "%s", describe(connection))
+
+    def totals(self) -> str:
+        """Write how many have ended, by what came of them."""
+        return ", ".join(f"{self.outcomes[outcome]} {outcome.value}" for outcome in Outcome)
+
+    def status(self, waiting: int) -> str:
+        """Write what is going on now, and what has come of connections so far.
+
+        Args:
+            waiting: How many of the requests in flight wait for their permit.
+        """
+        ages = [
+            trio.current_time() - connection.received_at
+            for connection in self.open
+            if connection.in_flight and connection.received_at is not None
+        ]
+        oldest = f" (the oldest for {max(ages):.1f} s, {waiting} wait for a place)" if ages else ""
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return (
+            f"{len(self.open)} open, {len(ages)} in flight{oldest}; since {since}: {self.totals()}"
         )
+
+
+def describe(connection: "Connection") -> str:
+    """Write what came of a connection, in one line of which the client chooses no character."""
+    took = ""
+    if connection.received_at is not None:
+        preposition = "in" if connection.outcome is Outcome.ANSWERED else "after"
+        end = trio.current_time() if connection.replied_at is None else connection.replied_at
+        took = f" {preposition} {end - connection.received_at:.3f} s"
+    shown = first_line(connection.request)
+    return (
+        f"{connection.peer} {connection.outcome.value}{took}: {connection.bytes_in} bytes in, "
+        f"{connection.bytes_out} out{shown and ', '}{shown}"
+    )
+
+
+def first_line(request: bytes) -> str:
+    r"""Write the first line of a request, escaped so that it is harmless: ``\x1b``, ``\"``."""
+    line = request.lstrip(b"\r\n").partition(b"\n")[0].rstrip(b"\r")[:SHOWN]
+    escaped = line.decode("latin-1").encode("unicode_escape").decode()
+    return re.sub(r"""["']""", r"\\\g<0>", escaped)[:SHOWN]

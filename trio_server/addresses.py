@@ -61,8 +61,14 @@ def format_address(sockaddr: object) -> str:
     """Write a socket address as people do: ``127.0.0.1:1729``, ``[::1]:1729``."""
     match sockaddr:
         case (str(host), int(port), *_):
+            host = host.removeprefix("::ffff:") if "." in host else host  # IPv4 on an IPv6 socket
             return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return str(sockaddr or "client")  # The client of a Unix socket has no address.
+    return str(sockaddr or "client")  # the path of a Unix socket; its client has no address
+
+
+def format_url(sockaddr: object) -> str:
+    """Write where to connect: a URL, or the path of a Unix socket."""
+    return f"http://{format_address(sockaddr)}" if isinstance(sockaddr, tuple) else str(sockaddr)
 
 
 def peer_name(stream: trio.abc.Stream) -> str:

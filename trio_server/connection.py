@@ -23,7 +23,6 @@ REQUEST_SIZE = 1024  # bytes of a request that are received; what follows is rea
 CLIENT_TIMEOUT = 30.0  # seconds; slow networks need a few, and nobody should be held for minutes
 
 LAST_LOOK = 0.005  # seconds; to look at what has arrived takes one scheduler pass
-
 DRAIN_SILENCE = 2.0  # seconds; Apache httpd waits as long for a silent client, nginx 5
 
 logger: logging.Logger = logging.getLogger("trio_server")
@@ -41,7 +40,7 @@ async def serve_connection(  # noqa: PLR0913 - most have a default
     """Serve one client: receive a request, respond, send the reply, drain, close.
 
     Args:
-        stream: The client, over TCP, TLS or in memory. It is closed in the end, whatever happens.
+        stream: The client, over TCP, TLS or in memory. It is closed in the end.
         respond: Async function that turns the request into the reply, both bytes. The request is
             what one receive returned: 1 to 1,024 bytes, perhaps not all that the client sends.
             It has no time limit. An exception is logged, and ends the connection.
@@ -54,7 +53,7 @@ async def serve_connection(  # noqa: PLR0913 - most have a default
         What came of it. No exception is raised for anything that the client does.
 
     Raises:
-        ValueError: The client timeout is negative or nan.
+        ValueError: The client timeout is negative or nan. The stream is left alone then.
     """
     check_seconds("client_timeout", client_timeout)
     shutdown, connections = shutdown or Shutdown(), connections or Connections()
@@ -85,6 +84,7 @@ class Connection:
     client_timeout: float
     shutdown: Shutdown
     connections: Connections
+    request: bytes = b""
     in_flight: bool = False  # A request was received, and its reply is not sent yet.
     closed: bool = False
     outcome: Outcome = Outcome.SENT_NOTHING  # so far
@@ -95,7 +95,7 @@ class Connection:
     replied_at: float | None = None
 
     async def __aenter__(self) -> None:
-        self.connections.open.add(self)
+        self.connections.begin(self)
 
     async def receive(self) -> bytes:
         """Receive a request; return nothing if there is none."""
@@ -111,7 +111,7 @@ class Connection:
             if look.cancelled_caught and used_up:  # and not shortened by a shutdown
                 self.outcome = Outcome.TIMED_OUT
         if request:
-            self.in_flight = True
+            self.in_flight, self.request = True, request
             self.received_at = trio.current_time()
             self.bytes_in = len(request)
             logger.debug("%s sent %d bytes", self.peer, self.bytes_in)

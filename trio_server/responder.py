@@ -10,22 +10,23 @@ BODY = b"Hello World!"
 # RFC 9112: a status line, header fields, an empty line, the body; lines end in CR LF.
 # `Content-Length` tells the client where the body ends. `Connection: close` tells it that
 # this server answers once per connection.
-REPLY = (
+HEAD = (
     b"HTTP/1.1 200 OK\r\n"
     b"Content-Type: text/plain; charset=utf-8\r\n"
     b"Content-Length: %d\r\n"
     b"Connection: close\r\n"
     b"\r\n"
-    b"%b"
-) % (len(BODY), BODY)
+) % len(BODY)
+
+REPLY = HEAD + BODY
 
 
-async def hello_world(request: bytes, *, delay: float = DELAY) -> bytes:  # noqa: ARG001 - any bytes will do
+async def hello_world(request: bytes, *, delay: float = DELAY) -> bytes:
     """Answer any request with ``Hello World!`` after ``delay`` seconds.
 
     Args:
-        request: What the client sent. It is not looked at: a line typed into netcat gets
-            the same reply as an HTTP request.
+        request: What the client sent. A line typed into netcat gets the same reply as an HTTP
+            request. Only HEAD is told apart: it gets no body (RFC 9110, section 9.3.2).
         delay: How long to sleep, in seconds, 0 or more. While this task sleeps, the other
             tasks run; `time.sleep` would stop them all.
 
@@ -33,4 +34,4 @@ async def hello_world(request: bytes, *, delay: float = DELAY) -> bytes:  # noqa
         A complete HTTP/1.1 response.
     """
     await trio.sleep(delay)
-    return REPLY
+    return HEAD if request.startswith(b"HEAD ") else REPLY

@@ -33,7 +33,7 @@ async def serve_tcp(  # noqa: PLR0913 - as in Trio, and one more
     Args:
         handler: Async function that takes a `trio.SocketStream`, which is closed when it ends. An
             `Exception` that it raises is logged, and ends its connection, not the server.
-        port: The port, 0 to 65535. With 0 the kernel picks one for each address.
+        port: 0 to 65535. With 0 the kernel picks one for each address.
         host: The name or address to listen on, or None for all interfaces. A name with several
             addresses gets a listener on each that this machine has.
         backlog: The length of the accept queue, or None for the longest that the kernel allows.

@@ -154,7 +154,7 @@ def serving_inherited(listener: socket.socket, folder: Path) -> Iterator[None]:
     """Run our server, without delay, on a socket that listens already."""
     command = ["sh", "-c", ACTIVATE, "sh", sys.executable, "-m", "trio_server", "--delay=0"]
     with running(command, folder, {}, stdin=listener.fileno()) as (process, log):
-        wait_until(lambda: " listening on " in log.read_text(), process, log)
+        wait_until(lambda: "Listening on " in log.read_text(), process, log)
         yield
 
 
