@@ -785,10 +785,13 @@ async def test_a_shutdown_that_begins_while_the_name_is_resolved_ends_that(
     assert trio.current_time() == pytest.approx(10 + min(grace_period, CLOSING_TIME))
 
 
-async def test_a_shutdown_that_begins_between_two_addresses_answers_who_has_connected(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("respond", "reply"), [(fast, REPLY), (never, b"")], ids=["in time", "for longer than that"]
+)
+async def test_a_shutdown_that_begins_between_two_addresses_leaves_its_clients_the_grace_period(
+    respond: Responder, reply: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = Server()
+    server = Server(respond)
     opened: list[trio.SocketListener] = []
     with ExitStack() as stack:
         clients: list[socket.socket] = []
@@ -798,13 +801,16 @@ async def test_a_shutdown_that_begins_between_two_addresses_answers_who_has_conn
             listeners = await open_listeners(*args, **kwargs)
             if not opened:
                 clients.extend(queued(listeners[0].socket.getsockname(), 3, stack))
-                server.shutdown.begin()
+                server.shutdown.begin(2)
             opened.extend(listeners)
             return listeners
 
         monkeypatch.setattr(trio, "open_tcp_listeners", open_and_begin)
         trio.socket.set_custom_hostname_resolver(Resolver("127.0.0.1", "127.0.0.2"))
-        async with trio.open_nursery() as nursery:
-            serve = partial(serve_tcp, server.handler, 0, host="name", shutdown=server.shutdown)
-            assert len(await nursery.start(serve)) == 2
-            assert await replies_of(clients) == [REPLY] * 3
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                serve = partial(
+                    serve_tcp, server.handler, 0, host="name", shutdown=server.shutdown
+                )
+                assert len(await nursery.start(serve)) == 2
+                assert await replies_of(clients) == [reply] * 3
