@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,23 @@ def test_an_inherited_unix_socket_is_served(start: Start, tmp_path: Path) -> Non
     process.wait_for_log(" client answered in ")
 
 
+def test_the_path_of_a_unix_client_cannot_forge_a_line_either(
+    start: Start, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(path)
+        listener.listen()
+        process = activated(start, listener.fileno(), "--delay", "0")
+        process.wait_for_banner()
+        client.bind(str(tmp_path / "client\n2026-01-01 INFO forged\x1b[2J"))
+        client.connect(path)
+        client.sendall(b"hi")
+        assert receive_all(client) == REPLY
+    process.wait_for_log(r"/client\n2026-01-01 INFO forged\x1b[2J answered in ")
+    assert len(process.stderr.splitlines()) == 1
+
+
 def test_localhost_is_every_address_of_that_name_on_a_port_of_its_own(start: Start) -> None:
     process = start("--port", "0", "--delay", "0")
     process.wait_for_banner()
@@ -213,7 +231,10 @@ def test_help_shows_defaults_and_an_example(start: Start) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        *(("--port", value) for value in ("70000", "65536", "-1", "abc", "17.29", "١٧٢٩", "")),
+        *(
+            ("--port", value)
+            for value in ("70000", "65536", "-1", "abc", "17.29", "١٧٢٩", "", "9" * 5000)
+        ),
         *(("--delay", value) for value in ("-1", "nan", "inf", "-inf", "abc", "")),
         *(("--client-timeout", value) for value in ("-1", "0", "nan", "inf", "abc")),
         *(("--grace-period", value) for value in ("-1", "nan", "inf", "abc")),
@@ -434,6 +455,9 @@ def socket_of(process: Process) -> int | None:
         ("http://localhost", "write --host localhost"),
         ("localhost:8080", "write --host localhost --port 8080"),
         ("https://[::1]:80/", "write --host ::1 --port 80"),
+        ("user@localhost", "write --host localhost"),
+        ("localhost:99999", "write --host localhost"),
+        ("[::1", "write --host localhost"),
     ],
 )
 def test_a_host_that_is_a_part_of_a_url_is_told_how_to_be_written(
@@ -485,6 +509,26 @@ def test_a_process_manager_is_told_of_each_step(
 def test_a_process_manager_that_is_gone_is_no_reason_to_stop(serve: Start, tmp_path: Path) -> None:
     process = serve(env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "gone")})
     assert process.stop() == 0
+
+
+def test_a_process_manager_that_does_not_read_holds_nobody_up(
+    serve: Start, tmp_path: Path
+) -> None:
+    manager = Manager(str(tmp_path / "notify"))
+    with manager.socket, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.settimeout(0)
+        with suppress(BlockingIOError):
+            while True:
+                other.sendto(b"x", str(tmp_path / "notify"))
+        process = serve(
+            "--delay", "0", env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        )
+        for _ in range(5):
+            process.kill(signal.SIGUSR1)
+        with process.connect() as client:
+            client.sendall(b"hi")
+            assert receive_all(client) == REPLY
+        assert process.stop() == 0
 
 
 def test_a_start_that_fails_is_not_ready(start: Start, tmp_path: Path) -> None:

@@ -4,15 +4,16 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trio
-from process import Process, Start, receive_all, tool
+from process import Process, Start, receive_all, request, tool
 from trio.testing import MockClock
 
 from trio_server import log as log_module
@@ -88,14 +89,9 @@ def test_lines_that_are_left_at_the_end_are_written(serve: Start) -> None:
         client.sendall(b"hi")
         assert receive_all(client) == REPLY
     assert process.stop() == 0
-    assert [line.split()[2:4] for line in process.stderr.splitlines()][1:] == [
-        ["INFO", "SIGTERM:"],
-        ["INFO", "stopped:"],
-    ]
-
-
-def journalled(process: Process) -> list[str]:
-    return [re.sub(r"\d+", "N", line) for line in process.stderr.splitlines()]
+    *_, last = lines = process.stderr.splitlines()
+    assert len(lines) == 3
+    assert " INFO stopped: 1 answered, " in last
 
 
 def test_in_the_journal_each_line_has_its_priority_and_no_time(
@@ -146,19 +142,16 @@ def test_of_the_complaints_at_the_file_limit_one_a_second_is_shown(
     assert record.exc_info is None
 
 
-async def run_sync(function: Callable[[str], None], text: str, *, abandon_on_cancel: bool) -> None:
-    """Do without a thread, as the mock clock does not wait for one."""
-    assert abandon_on_cancel
-    await trio.lowlevel.checkpoint()
-    function(text)
-
-
 async def test_what_has_gathered_is_written_at_once(
     nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
-    monkeypatch.setattr(log_module, "_write", written.append)
-    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+
+    async def write(_: object, text: str) -> None:  # without a thread, as the clock is no real one
+        await trio.lowlevel.checkpoint()
+        written.append(text)
+
+    monkeypatch.setattr(log_module, "write", write)
     log = Log()
     nursery.start_soon(log.run)
     for number in range(500):
@@ -169,6 +162,85 @@ async def test_what_has_gathered_is_written_at_once(
     log.end()
     await trio.sleep(1)
     assert written[1:] == ["the last\n"]
+
+
+def fill(descriptor: int) -> None:
+    """Leave no room in a pipe, and leave it blocking."""
+    os.set_blocking(descriptor, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(descriptor, b"x")
+    os.set_blocking(descriptor, True)
+
+
+def test_a_start_that_fails_ends_although_nobody_reads_why(serve: Start, start: Start) -> None:
+    reader, writer = os.pipe()
+    fill(writer)
+    port = str(serve().port)
+    process = start("--host", "127.0.0.1", "--port", port, stderr=writer)
+    assert process.wait() == 1
+    os.close(reader)
+    os.close(writer)
+
+
+def test_nobody_reads_stdout_and_it_serves_and_stops(start: Start) -> None:
+    reader, writer = os.pipe()
+    fill(writer)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = start("--host", "127.0.0.1", "--port", str(port), "--delay", "0", stdout=writer)
+    process.wait_until(lambda: request(("127.0.0.1", port)) == "answered")
+    assert process.stop() == 0
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_stderr_that_somebody_has_made_non_blocking_gets_each_line(serve: Start) -> None:
+    reader, writer = os.pipe()
+    process = serve("--delay", "0", stderr=writer)
+    os.set_blocking(writer, False)
+    subprocess.check_call(
+        [tool("ab"), "-q", "-n", "2000", "-c", "20", process.url], stdout=subprocess.DEVNULL
+    )
+    text = ""
+    while text.count(" answered in ") < 2000:
+        text += os.read(reader, 100_000).decode()
+    assert process.stop() == 0
+    os.close(writer)
+    text += "".join(iter(lambda: os.read(reader, 100_000).decode(), ""))
+    os.close(reader)
+    assert all(re.match(r"\d{4}-\d\d-\d\d [\d:]{8} INFO ", line) for line in text.splitlines())
+
+
+async def test_with_a_full_buffer_the_count_and_what_was_asked_for_are_written_all_the_same(
+    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    async def write(_: object, text: str) -> None:
+        await trio.lowlevel.checkpoint()
+        written.extend(text.splitlines())
+
+    monkeypatch.setattr(log_module, "write", write)
+    monkeypatch.setattr(log_module, "BUFFER_SIZE", 3)
+    log = Log()
+    for number in range(10):
+        log.handle(logging.makeLogRecord({"msg": f"line {number}"}))
+    log.say("stopped")
+    log.fail("trio-server: why")
+    log.end()
+    await log.run()
+    assert written == [
+        *("line 0", "line 1", "line 2", "stopped", "trio-server: why"),
+        "7 lines of this log were dropped",
+    ]
+
+
+def test_why_it_cannot_start_has_the_priority_of_an_error_in_the_journal() -> None:
+    log = Log()
+    log.setFormatter(JournalFormatter())
+    log.fail("trio-server: why")
+    assert list(log._lines) == ["<3>trio-server: why"]  # noqa: SLF001 - written by a thread
 
 
 @pytest.mark.parametrize(

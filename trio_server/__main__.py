@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import gc
 import logging
-import os
 import resource
 import socket
 import sys
@@ -24,7 +23,7 @@ from trio_server.activation import inherited_sockets, notify
 from trio_server.addresses import format_url
 from trio_server.arguments import advice, parse_arguments
 from trio_server.connection import serve_connection
-from trio_server.log import Log, set_up_logging
+from trio_server.log import Log, set_up_logging, write
 from trio_server.responder import hello_world
 from trio_server.server import serve_listeners, serve_tcp
 from trio_server.shutdown import Shutdown
@@ -38,8 +37,8 @@ BANNER = "Waiting for connection to be established"
 logger: logging.Logger = logging.getLogger("trio_server")
 
 
-def main() -> int | str:
-    """Run the command; return an exit status, or for status 1 the sentence that says why."""
+def main() -> int:
+    """Run the command; return its exit status."""
     stop_signals = signals.default_until_ready()
     options = parse_arguments()
     log = set_up_logging(options.log_level)
@@ -71,8 +70,8 @@ async def run(
     sockets: list[socket.socket],
     stop_signals: list[Signals],
     log: Log,
-) -> int | str:
-    """Serve until a signal ends it; return what `main` does."""
+) -> int:
+    """Serve until a signal ends it; return the exit status."""
     shutdown, connections = Shutdown(), Connections()
     limit = options.max_concurrent
     limiter = None if limit is None else trio.CapacityLimiter(limit)
@@ -97,41 +96,35 @@ async def run(
                 say_status = partial(report, connections, limiter, log)
                 obey = partial(signals.obey, received, shutdown, connections, say_status)
                 helpers.start_soon(obey, options.grace_period)
-                failure = await serve(start)
+                failure = await serve(start, helpers)
                 helpers.cancel_scope.cancel()
-            if failure is None:
-                logger.info("stopped: %s", connections.totals())
+            if failure is not None:
+                log.fail(f"trio-server: {advice(failure, options)}")
+            elif logger.isEnabledFor(logging.INFO):
+                log.say(f"stopped: {connections.totals()}")
             log.end()
-    if failure is not None:
-        return f"trio-server: {advice(failure, options)}"
-    return (
-        1 if connections.outcomes[Outcome.CUT_OFF] or connections.outcomes[Outcome.FAILED] else 0
-    )
+    outcomes = connections.outcomes
+    return 1 if failure or outcomes[Outcome.CUT_OFF] or outcomes[Outcome.FAILED] else 0
 
 
-async def serve(start: Callable[..., Awaitable[None]]) -> Exception | None:
+async def serve(start: Callable[..., Awaitable[None]], helpers: trio.Nursery) -> Exception | None:
     """Serve until the server is shut down; return the reason if it could not."""
     failure = None
     try:
         async with trio.open_nursery() as nursery:
             if listeners := await nursery.start(start):
-                announce(listeners)
+                helpers.start_soon(announce, listeners)
     except* (OSError, trio.ClosedResourceError) as group:
         [failure] = group.exceptions
     return failure
 
 
-def announce(listeners: list[trio.SocketListener]) -> None:
+async def announce(listeners: list[trio.SocketListener]) -> None:
     """Say on stdout where the server listens, and that it accepts connections."""
     notify("READY=1")
-    try:
-        for listener in listeners:
-            print(f"Listening on {format_url(listener.socket.getsockname())} (Ctrl-C stops)")
-        print(BANNER, flush=True)
-    except OSError:
-        # Whoever started the server has stopped reading: no reason to stop serving. What is
-        # left in the buffer has to go somewhere, or writing it fails again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    urls = [format_url(listener.socket.getsockname()) for listener in listeners]
+    lines = [*(f"Listening on {url} (Ctrl-C stops)" for url in urls), BANNER]
+    await write(sys.stdout, "".join(f"{line}\n" for line in lines))
 
 
 def report(connections: Connections, limiter: trio.CapacityLimiter | None, log: Log) -> None:

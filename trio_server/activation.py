@@ -6,7 +6,6 @@ import sys
 from contextlib import suppress
 
 FIRST_INHERITED = 3  # the descriptors before are the standard streams
-NOTIFY_TIMEOUT = 1.0  # seconds; a manager that is stuck is no reason to stop
 
 
 def inherited_sockets() -> list[socket.socket]:
@@ -42,12 +41,15 @@ def _take_over(descriptor: int) -> socket.socket:
 
 
 def notify(*lines: str) -> None:
-    """Tell the process manager about a change of state, if it wants to know (sd_notify(3))."""
+    """Tell the process manager about a change of state, if it wants to know (sd_notify(3)).
+
+    A manager that is gone, or so busy that the message finds no room, is not waited for.
+    """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
     if address.startswith("@"):  # Linux's abstract addresses begin with a zero byte.
         address = "\0" + address[1:]
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.settimeout(NOTIFY_TIMEOUT)
+        manager.settimeout(0)
         manager.sendto("\n".join(lines).encode(), address)

@@ -63,12 +63,14 @@ def format_address(sockaddr: object) -> str:
         case (str(host), int(port), *_):
             host = host.removeprefix("::ffff:") if "." in host else host  # IPv4 on an IPv6 socket
             return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return str(sockaddr or "client")  # the path of a Unix socket; its client has no address
+    # The path of a Unix socket, which may hold any character. Its client often has none.
+    return str(sockaddr or "client").encode("unicode_escape").decode()
 
 
 def format_url(sockaddr: object) -> str:
     """Write where to connect: a URL, or the path of a Unix socket."""
-    return f"http://{format_address(sockaddr)}" if isinstance(sockaddr, tuple) else str(sockaddr)
+    scheme = "http://" if isinstance(sockaddr, tuple) else ""
+    return scheme + format_address(sockaddr)
 
 
 def peer_name(stream: trio.abc.Stream) -> str:

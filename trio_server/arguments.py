@@ -4,6 +4,7 @@ import argparse
 import errno
 import math
 import socket
+from contextlib import suppress
 from functools import partial
 from urllib.parse import urlsplit
 
@@ -14,6 +15,7 @@ from trio_server.server import HIGHEST_PORT
 from trio_server.shutdown import GRACE_PERIOD
 
 PORT = 1729  # the smallest number that is a sum of two cubes in two ways
+MOST_DIGITS = 20  # Python refuses to read thousands of them
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -80,19 +82,20 @@ def parse_arguments() -> argparse.Namespace:
 
 def host(text: str) -> str:
     """Parse a host name or address; say how to write what looks like a part of a URL."""
-    if "//" in text or "[" in text or text.count(":") == 1:
-        parts = urlsplit(text if "//" in text else f"//{text}")
-        _, _, digits = parts.netloc.rpartition(":")
-        port = f" --port {digits}" if digits.isdecimal() else ""
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is more than a host: write --host {parts.hostname or 'localhost'}{port}"
-        )
+    if set(text) & set("/[]@") or text.count(":") == 1:
+        name, port = "localhost", None
+        with suppress(ValueError):  # no host, or a port that is none
+            parts = urlsplit(text if "//" in text else f"//{text}")
+            name, port = parts.hostname or name, parts.port
+        advice = f"--host {name}" if port is None else f"--host {name} --port {port}"
+        raise argparse.ArgumentTypeError(f"{text!r} is more than a host: write {advice}")
     return text
 
 
 def whole_number(text: str, *, least: int, most: float = math.inf) -> int:
     """Parse a whole number within limits."""
-    if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
+    is_number = text.isascii() and text.isdecimal() and len(text) < MOST_DIGITS
+    if not (is_number and least <= int(text) <= most):
         limits = f"{least} or more" if most == math.inf else f"{least} to {most}"
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {limits}")
     return int(text)
@@ -113,7 +116,7 @@ def seconds(text: str, *, zero: bool = True) -> float:
 def advice(error: Exception, options: argparse.Namespace) -> str:
     """Say in one sentence why the server cannot serve, and what to do about it."""
     if not isinstance(error, OSError):
-        return "cannot accept any more: the listening socket was closed"
+        return "cannot accept any more: a listening socket was closed"
     if isinstance(error, socket.gaierror):
         return f"host {options.host!r} does not resolve ({error.strerror}): check --host"
     match error.errno:

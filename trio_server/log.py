@@ -7,10 +7,12 @@ buffer, a task empties that, and only a worker thread of Trio's ever waits for t
 
 import logging
 import os
+import select
 import sys
 import time
 from collections import deque
 from contextlib import suppress
+from typing import TextIO
 
 import trio
 
@@ -44,9 +46,14 @@ class Log(logging.Handler):
         else:
             self._dropped += 1
 
-    def say(self, text: str) -> None:
-        """Log a line at INFO whatever the log level, as somebody has asked for it."""
-        self.handle(logging.makeLogRecord({"msg": text, "levelname": "INFO"}))
+    def say(self, text: str, level: str = "INFO") -> None:
+        """Log a line, whatever the log level is and however full the buffer."""
+        self._lines.append(self.format(logging.makeLogRecord({"msg": text, "levelname": level})))
+
+    def fail(self, sentence: str) -> None:
+        """Write the sentence that says why the process ends: for a person, so without a time."""
+        in_journal = isinstance(self.formatter, JournalFormatter)
+        self._lines.append(f"<{PRIORITIES['ERROR']}>{sentence}" if in_journal else sentence)
 
     async def run(self) -> None:
         """Write what gathers in the buffer, until `end`."""
@@ -57,10 +64,10 @@ class Log(logging.Handler):
                 text = "".join(f"{line}\n" for line in self._lines)
                 self._lines.clear()
                 if self._dropped:
-                    logger.warning("%d lines of this log were dropped", self._dropped)
+                    self.say(f"{self._dropped} lines of this log were dropped", "WARNING")
                     self._dropped = 0
                 if text:
-                    await trio.to_thread.run_sync(_write, text, abandon_on_cancel=True)
+                    await write(sys.stderr, text)
 
     def end(self) -> None:
         """Write what is left within a second, then let `run` return."""
@@ -68,14 +75,29 @@ class Log(logging.Handler):
         self._scope.deadline = trio.current_time() + LAST_SECOND
 
 
-def _write(text: str) -> None:
-    """Write to stderr. Nobody there, or a disk that is full, is no reason to stop serving."""
-    data = text.encode(errors="backslashreplace")
-    # Not through `sys.stderr`, whose lock a thread that is stuck would keep at the exit. It is
-    # None when the descriptor was closed from the start, and may mean something else by now.
+async def write(file: TextIO | None, text: str) -> None:
+    """Write to stdout or stderr, in a thread that may be left behind if nobody reads.
+
+    Nobody there, or a disk that is full, is no reason to stop serving.
+
+    Args:
+        file: `sys.stdout` or `sys.stderr`: None if it was closed from the start. Then its
+            descriptor may be another file by now.
+        text: What to write.
+    """
+    if file is not None:
+        data = text.encode(errors="backslashreplace")
+        await trio.to_thread.run_sync(_write, file.fileno(), data, abandon_on_cancel=True)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    # Not through Python's file object, whose lock a thread that is stuck would keep at the exit.
     with suppress(OSError):
-        while data and sys.stderr is not None:
-            data = data[os.write(sys.stderr.fileno(), data) :]
+        while data:
+            try:
+                data = data[os.write(descriptor, data) :]
+            except BlockingIOError:  # Somebody else has made it non-blocking.
+                select.select((), (descriptor,), ())
 
 
 class JournalFormatter(logging.Formatter):
