@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from process import Process, Start, receive_all, request, tool
+from process import Start, receive_all, request, tool
 from trio.testing import MockClock
 
 from trio_server import log as log_module
