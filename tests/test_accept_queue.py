@@ -370,3 +370,16 @@ def test_a_handshake_is_seen_in_the_kernels_table(
         (tmp_path / table).write_text(header + row)
         monkeypatch.setattr(accept_queue, "Path", lambda _, name: tmp_path / name)
         assert accept_queue._handshakes_under_way({1, port}) == (name == "ours")  # noqa: SLF001
+
+
+def test_when_all_files_are_in_use_a_handshake_may_be_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Unreadable:
+        def __init__(self, *_: object) -> None: ...
+
+        def read_bytes(self) -> bytes:
+            raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(accept_queue, "Path", Unreadable)
+    assert accept_queue._handshakes_under_way({1729})  # noqa: SLF001

@@ -378,7 +378,7 @@ def test_sigusr1_says_what_goes_on_at_any_log_level(serve: Start) -> None:
 
         process.wait_until(lambda: "3 open, 2 in flight" in status())
     assert re.search(
-        r"INFO 3 open, 2 in flight \(the oldest for \d\.\d s, 1 wait for a place\); "
+        r"INFO 3 open, 2 in flight \(the oldest for \d\.\d s, 1 wait for a permit\); "
         r"since [\d-]{10} [\d:]{8}: 0 answered, 0 sent nothing, .*, 0 failed\n",
         process.stderr,
     )

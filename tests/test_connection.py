@@ -297,7 +297,7 @@ async def test_a_client_that_is_silent_after_its_reply_is_let_go_after_two_secon
     client, server = memory_stream_pair()
     trial = Trial(nursery, server, hello_world)
     await client.send_all(b"hi")
-    assert await trial.end() == (Outcome.ANSWERED, DELAY + DRAIN_SILENCE)
+    assert await trial.end() == (Outcome.ANSWERED, DELAY + DRAIN_SILENCE + LAST_LOOK)
     assert DRAIN_SILENCE == 2
 
 
@@ -307,7 +307,31 @@ async def test_or_after_its_timeout_if_that_is_shorter(
     client, server = memory_stream_pair()
     trial = Trial(nursery, server, hello_world, client_timeout=0.5)
     await client.send_all(b"hi")
-    assert await trial.end() == (Outcome.ANSWERED, DELAY + 0.5)
+    assert await trial.end() == (Outcome.ANSWERED, DELAY + 0.5 + LAST_LOOK)
+
+
+async def test_what_came_in_time_while_draining_but_was_not_seen_is_read(
+    nursery: trio.Nursery, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="trio_server")
+    client, server = memory_stream_pair()
+    looks = 0
+
+    async def be_held_up() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 2:  # the first one while draining
+            await trio.sleep_forever()
+
+    server.receive_stream.receive_some_hook = be_held_up
+    trial = Trial(nursery, server, echo)
+    await client.send_all(b"hi")
+    assert await client.receive_some() == b"hi"
+    await client.send_all(b"x" * 5000)
+    await trio.sleep(DRAIN_SILENCE + 1)
+    await client.aclose()
+    assert await trial.end() == (Outcome.ANSWERED, DRAIN_SILENCE + 1)
+    assert "5002 bytes in" in caplog.text
 
 
 async def send_for_ever(client: trio.abc.SendStream) -> None:
@@ -522,8 +546,8 @@ async def test_a_cancellation_at_any_checkpoint_leaks_nothing_and_is_not_swallow
     ("request_bytes", "respond", "end"),
     [
         (b"", echo, (Outcome.SENT_NOTHING, CLOSING_TIME + LAST_LOOK)),
-        (b"hi", hello_world, (Outcome.ANSWERED, DELAY + CLOSING_TIME)),
-        (b"hi", echo, (Outcome.ANSWERED, CLOSING_TIME)),
+        (b"hi", hello_world, (Outcome.ANSWERED, DELAY + CLOSING_TIME + LAST_LOOK)),
+        (b"hi", echo, (Outcome.ANSWERED, CLOSING_TIME + LAST_LOOK)),
     ],
     ids=["receive", "respond", "drain"],
 )
@@ -562,7 +586,7 @@ async def test_a_client_that_never_stops_sending_holds_a_shutdown_up_for_a_secon
     nursery.start_soon(send_for_ever, client)
     await trio.sleep(5.5)
     trial.shutdown.begin()
-    assert await trial.end() == (Outcome.ANSWERED, 5.5 + CLOSING_TIME)
+    assert await trial.end() == (Outcome.ANSWERED, 5.5 + CLOSING_TIME + LAST_LOOK)
 
 
 async def test_a_client_whose_time_is_over_during_a_shutdown_has_timed_out(

@@ -58,7 +58,7 @@ def test_help_knows_the_public_names_and_what_they_need() -> None:
         "serve_tcp(",
         "serve_listeners(",
         "hello_world(",
-        "with shutdown.move_on_after(30):",
+        "with shutdown.move_on_after(30) as idle:",
         "begin(self, grace_period",
     ):
         assert shown in text, shown

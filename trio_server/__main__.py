@@ -1,6 +1,6 @@
 """The command: puts the parts together.
 
-All that changes the process as a whole is here, and only here: signals, limits, logging, the
+All that changes the process as a whole is called from here: signals, limits, logging, the
 collector, the exit status.
 """
 
@@ -29,7 +29,7 @@ from trio_server.server import serve_listeners, serve_tcp
 from trio_server.shutdown import Shutdown
 
 COLLECTOR_THRESHOLDS = (1_000_000, 10, 10)
-"""For `gc.set_threshold`: collect when there are so many more objects than last time. A connection
+"""For `gc.set_threshold`: collect when a million more objects were made than freed. A connection
 takes some 35, so not even 20,000 at once set it off. See ``tests/benchmark/collector.py``."""
 
 BANNER = "Waiting for connection to be established"
@@ -122,7 +122,8 @@ async def serve(start: Callable[..., Awaitable[None]], helpers: trio.Nursery) ->
 async def announce(listeners: list[trio.SocketListener]) -> None:
     """Say on stdout where the server listens, and that it accepts connections."""
     notify("READY=1")
-    urls = [format_url(listener.socket.getsockname()) for listener in listeners]
+    sockets = [listener.socket for listener in listeners if listener.socket.fileno() >= 0]
+    urls = [format_url(one.getsockname()) for one in sockets]  # Some may be closed by now.
     lines = [*(f"Listening on {url} (Ctrl-C stops)" for url in urls), BANNER]
     await write(sys.stdout, "".join(f"{line}\n" for line in lines))
 

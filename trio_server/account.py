@@ -1,4 +1,4 @@
-"""An account of connections: which are open, what came of the others, and a line about each."""
+"""An account of connections: which are open, how the others ended, and a line about each."""
 
 import logging
 import re
@@ -18,11 +18,11 @@ logger: logging.Logger = logging.getLogger("trio_server")
 
 
 class Outcome(Enum):
-    """What came of a connection."""
+    """How a connection ended."""
 
     ANSWERED = "answered"  # the whole reply was handed to the network
     SENT_NOTHING = "sent nothing"  # the client closed, or a shutdown ended the wait for it
-    WENT_AWAY = "went away"  # the client broke the connection off
+    WENT_AWAY = "went away"  # the client reset the connection, perhaps after its reply
     TIMED_OUT = "timed out"  # the client sent no request in its time, or did not take the reply
     CUT_OFF = "cut off"  # the server was stopped before the request was answered
     FAILED = "failed"  # the responder raised an exception, or returned no bytes
@@ -32,9 +32,9 @@ class Connections:
     """The connections of a server, or of several: pass it to `serve_connection`.
 
     Attributes:
-        open: Those that are open.
-        outcomes: How many have ended, by what came of them.
-        since: When it began to count, in seconds since the epoch.
+        open: The open connections.
+        outcomes: How many have ended with each outcome.
+        since: When the count began, in seconds since the epoch.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Connections:
         return sum(connection.in_flight for connection in self.open)
 
     def begin(self, connection: "Connection") -> None:
-        """Take a connection in."""
+        """Add a connection."""
         self.open.add(connection)
         logger.debug("%s connected", connection.peer)
 
@@ -62,11 +62,11 @@ class Connections:
             logger.log(level, "%s", describe(connection))
 
     def totals(self) -> str:
-        """Write how many have ended, by what came of them."""
+        """Write how many have ended with each outcome."""
         return ", ".join(f"{self.outcomes[outcome]} {outcome.value}" for outcome in Outcome)
 
     def status(self, waiting: int) -> str:
-        """Write what is going on now, and what has come of connections so far.
+        """Write what is going on now, and how connections have ended so far.
 
         Args:
             waiting: How many of the requests in flight wait for their permit.
@@ -76,7 +76,9 @@ class Connections:
             for connection in self.open
             if connection.in_flight and connection.received_at is not None
         ]
-        oldest = f" (the oldest for {max(ages):.1f} s, {waiting} wait for a place)" if ages else ""
+        oldest = (
+            f" (the oldest for {max(ages):.1f} s, {waiting} wait for a permit)" if ages else ""
+        )
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
         return (
             f"{len(self.open)} open, {len(ages)} in flight{oldest}; since {since}: {self.totals()}"
@@ -84,7 +86,7 @@ class Connections:
 
 
 def describe(connection: "Connection") -> str:
-    """Write what came of a connection, in one line of which the client chooses no character."""
+    """Write how a connection ended, in one line: a client cannot forge a second one."""
     took = ""
     if connection.received_at is not None:
         preposition = "in" if connection.outcome is Outcome.ANSWERED else "after"

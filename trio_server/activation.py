@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 
 FIRST_INHERITED = 3  # the descriptors before are the standard streams
+MOST_DIGITS = 20  # Python refuses to read thousands of them
 
 
 def inherited_sockets() -> list[socket.socket]:
@@ -19,7 +20,7 @@ def inherited_sockets() -> list[socket.socket]:
     os.environ.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()) or not number:
         return []
-    if not number.isdecimal() or len(number) > len(str(sys.maxsize)):
+    if not (number.isdecimal() and len(number) < MOST_DIGITS):
         sys.exit(f"trio-server: LISTEN_FDS={number[:20]} is not a number of sockets: unset it")
     return [_take_over(FIRST_INHERITED + index) for index in range(int(number))]
 

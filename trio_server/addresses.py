@@ -7,8 +7,8 @@ from typing import Any
 import trio
 
 UNAVAILABLE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-"""What binding says of an address that this machine does not have. A host name may stand
-for one: in many containers `localhost` is also `::1` while IPv6 is switched off."""
+"""Errors of bind(2) for an address that this machine does not have. A host name may resolve to
+one: in many containers `localhost` is also `::1` while IPv6 is switched off."""
 
 logger: logging.Logger = logging.getLogger("trio_server")
 

@@ -2,7 +2,7 @@
 
 Whoever reads stderr may stop reading: a pager, Ctrl-S, a log driver that is held up. A plain
 handler then blocks at its next line, and with it the whole server. So here a line goes into a
-buffer, a task empties that, and only a worker thread of Trio's ever waits for the reader.
+buffer, a task empties that, and only one of Trio's worker threads ever waits for the reader.
 """
 
 import logging
@@ -41,10 +41,13 @@ class Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Put a record into the buffer."""
-        if len(self._lines) < BUFFER_SIZE:
-            self._lines.append(self.format(record))
-        else:
+        if len(self._lines) >= BUFFER_SIZE:
             self._dropped += 1
+            return
+        try:
+            self._lines.append(self.format(record))
+        except Exception:  # noqa: BLE001 - as each handler of the standard library does it
+            self.handleError(record)
 
     def say(self, text: str, level: str = "INFO") -> None:
         """Log a line, whatever the log level is and however full the buffer."""

@@ -2,15 +2,14 @@
 
 import trio
 
-DELAY = 4.0
-"""Seconds of simulated work for each request: long enough to see that clients overlap."""
+DELAY = 4.0  # seconds of simulated work; long enough to see that clients overlap
 
 BODY = b"Hello World!"
 
 # RFC 9112: a status line, header fields, an empty line, the body; lines end in CR LF.
 # `Content-Length` tells the client where the body ends. `Connection: close` tells it that
 # this server answers once per connection.
-HEAD = (
+REPLY_HEAD = (
     b"HTTP/1.1 200 OK\r\n"
     b"Content-Type: text/plain; charset=utf-8\r\n"
     b"Content-Length: %d\r\n"
@@ -18,7 +17,7 @@ HEAD = (
     b"\r\n"
 ) % len(BODY)
 
-REPLY = HEAD + BODY
+REPLY = REPLY_HEAD + BODY
 
 
 async def hello_world(request: bytes, *, delay: float = DELAY) -> bytes:
@@ -26,7 +25,7 @@ async def hello_world(request: bytes, *, delay: float = DELAY) -> bytes:
 
     Args:
         request: What the client sent. A line typed into netcat gets the same reply as an HTTP
-            request. Only HEAD is told apart: it gets no body (RFC 9110, section 9.3.2).
+            request. A HEAD request gets the header section only (RFC 9110, section 9.3.2).
         delay: How long to sleep, in seconds, 0 or more. While this task sleeps, the other
             tasks run; `time.sleep` would stop them all.
 
@@ -34,4 +33,4 @@ async def hello_world(request: bytes, *, delay: float = DELAY) -> bytes:
         A complete HTTP/1.1 response.
     """
     await trio.sleep(delay)
-    return HEAD if request.startswith(b"HEAD ") else REPLY
+    return REPLY_HEAD if request.startswith(b"HEAD ") else REPLY

@@ -13,13 +13,11 @@ from trio_server.accept_queue import AcceptFirst, last_call
 from trio_server.shutdown import Shutdown
 
 HIGHEST_PORT = 65535  # 16 bits (RFC 9293, section 3.1)
-
 StreamT = TypeVar("StreamT", bound=trio.abc.AsyncResource)
-
 logger: logging.Logger = logging.getLogger("trio_server")
 
 
-async def serve_tcp(  # noqa: PLR0913 - as in Trio, and one more
+async def serve_tcp(  # noqa: PLR0913 - as many as Trio's
     handler: Callable[[trio.SocketStream], Awaitable[object]],
     port: int,
     *,
@@ -44,7 +42,7 @@ async def serve_tcp(  # noqa: PLR0913 - as in Trio, and one more
     Raises:
         ValueError: The port is out of range.
         OSError: It cannot listen, as the port is taken or the host does not resolve, for example.
-            Or it cannot accept any more, and all handlers have ended.
+            Or it could not accept any more: that begins the shutdown, and is raised in the end.
     """
     if not 0 <= port <= HIGHEST_PORT:
         raise ValueError(f"port is {port}: it has to be a number from 0 to {HIGHEST_PORT}")
@@ -71,14 +69,15 @@ async def serve_listeners(
 
     Args:
         handler: Async function that takes a stream, as with `serve_tcp`.
-        listeners: Such that accept TCP, TLS or in memory; closed in the end. What is in the accept
-            queue of a socket then is left for others that hold it, or reset if nobody does.
+        listeners: Open ones: TCP, TLS or in memory. They are closed in the end. Connections that
+            are in the accept queue of a socket then are left for others that hold the socket;
+            without any, they are reset.
         shutdown: Ends it gracefully, once it begins. Cancelling ends it at once.
         task_status: `nursery.start` returns the listeners.
 
     Raises:
         ValueError: There are no listeners.
-        OSError, trio.ClosedResourceError: It cannot accept any more, and all handlers have ended.
+        OSError, trio.ClosedResourceError: It could not accept any more, likewise.
     """
     if not listeners:
         raise ValueError("listeners is empty: at least one is needed")
@@ -95,8 +94,8 @@ async def _serve(
     """Accept and run handlers until the shutdown begins; then let them finish."""
     failures: list[Exception] = []
     with shutdown.grace_scope():
-        # Two nurseries, because accepting ends before the handlers do. The inner one is cancelled
-        # to end the accept loops. Leaving the outer one waits for the last handler.
+        # Accepting ends before the handlers do, so there are two nurseries: the inner one is
+        # cancelled to end the accept loops, leaving the outer one waits for the last handler.
         async with trio.open_nursery() as handlers, trio.open_nursery() as accept_loops:
             accept = partial(_accept, handler, handlers, shutdown, failures)
             for listener in listeners:
@@ -104,8 +103,8 @@ async def _serve(
             task_status.started(listeners)
             await shutdown.wait()
             await last_call(ours)
-            # There is no checkpoint between the last look at the queues and their end: an accept
-            # loop notices that it is cancelled when it runs again, but a socket closes now.
+            # Close now, without a checkpoint: nobody can enter a queue after the last look at it.
+            # An accept loop would close its listener only when it runs again.
             accept_loops.cancel_scope.cancel()
             for listener in listeners:
                 if isinstance(listener, trio.SocketListener):
@@ -129,7 +128,7 @@ async def _accept(
         logger.exception("accepting failed, so the server shuts down")
         [failure] = group.exceptions  # of the one accept loop in there
         failures.append(failure)
-        shutdown.begin()
+        shutdown.begin(math.inf)  # Whoever wants to set an end can still do so.
 
 
 async def _handle(handler: Callable[[StreamT], Awaitable[object]], stream: StreamT) -> None:
@@ -137,11 +136,11 @@ async def _handle(handler: Callable[[StreamT], Awaitable[object]], stream: Strea
     try:
         await handler(stream)
     except* trio.BrokenResourceError:
-        logger.info("a client went away before its handler had ended")
+        logger.info("a handler ended, as its client had gone away", exc_info=True)
     except* Exception:
         logger.exception("a handler failed")
     except* trio.Cancelled:
         if trio.current_effective_deadline() == -math.inf:
             raise
-        # Nobody has cancelled this task, so the exception was kept from elsewhere.
+        # Nobody has cancelled this task: a cache raised the outcome that it kept, for example.
         logger.exception("a handler failed: it raised a trio.Cancelled that is not its own")

@@ -1,28 +1,28 @@
-"""What a graceful shutdown is: idle clients are waited for no longer, the others are answered."""
+"""Graceful shutdown: idle clients get a second, requests in flight the grace period."""
 
 import math
 import weakref
 
 import trio
 
-GRACE_PERIOD = 30.0
-"""Seconds that requests in flight may take once a shutdown has begun. Process managers kill what
-takes longer than they wait: Docker after 10 seconds, Kubernetes after 30, systemd after 90."""
-
-CLOSING_TIME = 1.0
-"""Seconds that a wait for a client may take once a shutdown has begun: enough for a request that
-is on its way, too short for an idle client to hold the server up."""
+GRACE_PERIOD = 30.0  # seconds; process managers kill after a while: Docker 10, systemd 90
+CLOSING_TIME = 1.0  # seconds; enough for a request on its way, too short to hold the server up
 
 
 class Shutdown:
     """The graceful shutdown of a server, or of several that stop together.
 
     Pass it to `serve_tcp`, and call `begin` to stop: the server accepts nobody new, and returns
-    when its last handler has ended, or after the grace period. It may begin at any time.
+    when its last handler has ended, or after the grace period. It works once, at any time.
 
-    A handler takes part by waiting for its client in ``with shutdown.move_on_after(30):``, with
-    nothing around its work. Then an idle client holds the server up for a second at most, and
-    work in flight has the whole grace period.
+    A handler takes part like this, with only the wait for its client in the block, never the work::
+
+        while not shutdown.begun:
+            with shutdown.move_on_after(30) as idle:  # a second, once the shutdown begins
+                data = await stream.receive_some()
+            if idle.cancelled_caught or not data:
+                break
+            await stream.send_all(data)
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,6 @@ class Shutdown:
 
         Raises:
             ValueError: The grace period is negative or nan.
-            RuntimeError: Not called in Trio. Other threads need `trio.from_thread.run_sync`.
         """
         check_seconds("grace_period", grace_period)
         now = trio.current_time()
@@ -68,8 +67,7 @@ class Shutdown:
             seconds: How long to wait, from now.
 
         Returns:
-            A cancel scope for a ``with`` block. If the block was ended early, its
-            ``cancelled_caught`` is true.
+            A cancel scope for a ``with`` block: ``cancelled_caught`` if that was ended early.
 
         Raises:
             ValueError: The number of seconds is negative or nan.

@@ -15,7 +15,7 @@ from trio_server.shutdown import Shutdown
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STATUS_SIGNAL = signal.SIGUSR1
 
-ONE_STOP = 0.5  # seconds within which two signals are one stop: wrappers deliver it twice
+ONE_STOP = 0.5  # seconds within which two signals are one stop: `uv run` delivers Ctrl-C twice
 
 logger: logging.Logger = logging.getLogger("trio_server")
 
@@ -61,12 +61,12 @@ async def obey(
     grace_period: float,
 ) -> None:
     """Shut down gracefully on the first signal that asks to stop, at once on the second."""
-    begun_at = -math.inf
+    begun_at: float | None = None
     async for number in received:
         name = signal.Signals(number).name
         if number == STATUS_SIGNAL:
             say_status()
-        elif not shutdown.begun:
+        elif begun_at is None:
             begun_at = trio.current_time()
             notify("STOPPING=1")
             shutdown.begin(grace_period)
