@@ -15,7 +15,7 @@ class Shutdown:
     Pass it to `serve_tcp`, and call `begin` to stop: the server accepts nobody new, and returns
     when its last handler has ended, or after the grace period. It works once, at any time.
 
-    A handler takes part like this, with only the wait for its client in the block, never the work::
+    A handler takes part so, with the wait for its client in the block, and never its work::
 
         while not shutdown.begun:
             with shutdown.move_on_after(30) as idle:  # a second, once the shutdown begins
