@@ -164,6 +164,20 @@ async def test_what_has_gathered_is_written_at_once(
     assert written[1:] == ["the last\n"]
 
 
+async def test_without_a_thread_lines_are_lost_and_nothing_else(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_thread(*_: object, **__: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
+    log = Log()
+    log.say("lost")
+    log.end()
+    await log.run()
+
+
 def fill(descriptor: int) -> None:
     """Leave no room in a pipe, and leave it blocking."""
     os.set_blocking(descriptor, False)

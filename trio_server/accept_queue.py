@@ -117,7 +117,7 @@ async def last_call(listeners: Collection[trio.SocketListener]) -> None:
         _keep_newcomers_out(listener.socket)
     ports = {one.socket.getsockname()[1] for one in listeners if one.socket.fileno() >= 0}
     look = partial(trio.to_thread.run_sync, _handshakes_under_way, ports, abandon_on_cancel=True)
-    with trio.move_on_after(HANDSHAKE_TIME):
+    with trio.move_on_after(HANDSHAKE_TIME), suppress(RuntimeError):  # no thread can be started
         while ports and await look():  # noqa: ASYNC110 - the kernel sets no Event
             await trio.sleep(HANDSHAKE_INTERVAL)
     # Each handshake that was completed is in a queue now, and no new one can start.

@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
         default=CLIENT_TIMEOUT,
         metavar="SECONDS",
         help="how long to wait for a client: for its first bytes, while it takes the reply, "
-        "until it closes (default: %(default)g)",
+        "while it sends on after that (default: %(default)g)",
     )
     option(
         "--grace-period",

@@ -38,7 +38,7 @@ async def serve_connection(  # noqa: PLR0913 - keyword-only, each with a default
         respond: Async function that turns the request into the reply, both bytes. The request is
             what one receive returned: 1 to 1,024 bytes, perhaps not all that the client sends.
             It has no time limit. An exception is logged, and ends the connection.
-        client_timeout: Seconds to wait for the client to send, to take the reply, and to close.
+        client_timeout: Seconds to wait for the client to send, to take the reply, to stop sending.
         limiter: Limits how many responders run at once; the next requests wait in order.
         shutdown: Once it begins, it shortens the waits for a client that has nothing in flight.
         connections: Counts the connection.
@@ -115,22 +115,19 @@ class Connection:
         return None
 
     async def send(self, reply: memoryview) -> bool:
-        """Send the reply and half-close; return whether the client took it in time.
+        """Send the reply and half-close; return whether the network took all of it in time.
 
         A half-close says that nothing more will come, and still lets the client send.
         """
         with trio.move_on_after(self.client_timeout) as wait:
             await self.stream.send_all(reply)
+            self.in_flight, self.outcome = False, Outcome.ANSWERED
+            self.bytes_out, self.replied_at = reply.nbytes, trio.current_time()
             if isinstance(self.stream, trio.abc.HalfCloseableStream):
                 await self.stream.send_eof()
-        self.in_flight = False
         if wait.cancelled_caught:
-            self.outcome = Outcome.TIMED_OUT
-            return False
-        self.outcome = Outcome.ANSWERED
-        self.bytes_out = reply.nbytes
-        self.replied_at = trio.current_time()
-        return True
+            self.in_flight, self.outcome = False, Outcome.TIMED_OUT
+        return not wait.cancelled_caught
 
     async def drain(self) -> None:
         """Read what the client still sends, then close (RFC 9112, section 9.6).

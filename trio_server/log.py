@@ -90,7 +90,8 @@ async def write(file: TextIO | None, text: str) -> None:
     """
     if file is not None:
         data = text.encode(errors="backslashreplace")
-        await trio.to_thread.run_sync(_write, file.fileno(), data, abandon_on_cancel=True)
+        with suppress(RuntimeError):  # no thread can be started
+            await trio.to_thread.run_sync(_write, file.fileno(), data, abandon_on_cancel=True)
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -13,7 +13,7 @@ class Shutdown:
     """The graceful shutdown of a server, or of several that stop together.
 
     Pass it to `serve_tcp`, and call `begin` to stop: the server accepts nobody new, and returns
-    when its last handler has ended, or after the grace period. It works once, at any time.
+    when its last handler has ended, or after the grace period. It cannot be undone.
 
     A handler takes part so, with the wait for its client in the block, and never its work::
 
