@@ -7,6 +7,14 @@ import pytest
 from process import Process, Start
 
 
+@pytest.fixture(autouse=True, scope="session")
+def default_signals() -> None:
+    """Let the processes start with the usual signals, though these tests may run under nohup."""
+    for signum in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start the command with options; whatever is left of it when the test ends is killed."""

@@ -198,7 +198,7 @@ def test_1000_hostile_clients_take_nothing_from_a_good_one(serve: Start) -> None
     process = serve("--delay", "0.5", "--client-timeout", "2", "--log-level", "debug")
     before = process.descriptors
     hostile = Path(__file__).with_name("hostile.py")
-    with subprocess.Popen([sys.executable, hostile, str(process.port), "5", "200"]) as mob:
+    with subprocess.Popen([sys.executable, hostile, str(process.port), "3", "200"]) as mob:
         process.wait_until(lambda: process.descriptors > before + 500)
         while mob.poll() is None:
             assert request(("127.0.0.1", process.port)) == "answered"

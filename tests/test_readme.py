@@ -90,12 +90,12 @@ def test_haproxy_hides_the_restart_of_each_of_three_servers(start: Start, tmp_pa
     assert len(servers) == 3
     with subprocess.Popen([tool("haproxy"), "-db", "-f", str(config)]) as haproxy:
         try:
-            time.sleep(1)
+            time.sleep(0.7)
             with hammering(("127.0.0.1", front), clients=30) as results:
                 for host in hosts:
                     assert servers[host].stop() == 0
                     servers[host] = start_server(host)
-                    time.sleep(1.5)
+                    time.sleep(1)
         finally:
             haproxy.terminate()
     assert set(results) == {"answered"}

@@ -213,8 +213,8 @@ def queued(address: tuple[str, int], number: int, stack: ExitStack) -> list[sock
 async def replies_of(clients: list[socket.socket]) -> list[bytes]:
     replies = []
     for client in clients:
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
-        replies.append(await read_all(stream))
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(client)) as stream:
+            replies.append(await read_all(stream))
     return replies
 
 
