@@ -7,8 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 import trio
-
-RESET_ON_CLOSE = b"\1\0\0\0\0\0\0\0"  # a linger time of 0 seconds (socket(7))
+from streams import RESET_ON_CLOSE
 
 
 async def send_without_end(client: trio.SocketStream) -> None:

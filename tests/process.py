@@ -119,6 +119,13 @@ def activated(start: Start, descriptor: int, *options: str) -> Process:
     return start("--port", "0", *options, prefix=activate, pass_fds=[descriptor])
 
 
+def free_port(host: str) -> int:
+    """Find a port that nobody listens on."""
+    with socket.create_server((host, 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def receive_all(client: socket.socket) -> bytes:
     """Read to the end of file."""
     return b"".join(iter(lambda: client.recv(65536), b""))

@@ -5,6 +5,8 @@ import math
 import trio
 from trio.testing import memory_stream_pair
 
+RESET_ON_CLOSE = b"\1\0\0\0\0\0\0\0"  # a linger time of 0 seconds (socket(7))
+
 
 async def read_all(stream: trio.abc.ReceiveStream) -> bytes:
     """Read to the end of file."""

@@ -386,11 +386,6 @@ def test_when_all_files_are_in_use_a_handshake_may_be_under_way(
 
 
 async def test_without_a_thread_a_last_call_looks_at_the_queues_alone(
-    listener: trio.SocketListener, monkeypatch: pytest.MonkeyPatch
+    listener: trio.SocketListener, no_threads: None
 ) -> None:
-    async def no_thread(*_: object, **__: object) -> None:
-        await trio.lowlevel.checkpoint()
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
     await last_call([listener])

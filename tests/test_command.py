@@ -5,7 +5,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -99,13 +100,19 @@ def test_an_ipv4_client_of_a_dual_stack_socket_is_shown_as_ipv4(start: Start) ->
         process.wait_for_log(f" 127.0.0.1:{port} answered")
 
 
-def test_an_inherited_unix_socket_is_served(start: Start, tmp_path: Path) -> None:
-    path = str(tmp_path / "socket")
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+@contextmanager
+def serving_unix(start: Start, path: str) -> Iterator[Process]:
+    with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
         process = activated(start, listener.fileno(), "--delay", "0")
         process.wait_for_banner()
+        yield process
+
+
+def test_an_inherited_unix_socket_is_served(start: Start, tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with serving_unix(start, path) as process, socket.socket(socket.AF_UNIX) as client:
         assert f"Listening on {path} " in process.stdout
         client.connect(path)
         client.sendall(b"hi")
@@ -117,11 +124,7 @@ def test_the_path_of_a_unix_client_cannot_forge_a_line_either(
     start: Start, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "socket")
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
-        listener.bind(path)
-        listener.listen()
-        process = activated(start, listener.fileno(), "--delay", "0")
-        process.wait_for_banner()
+    with serving_unix(start, path) as process, socket.socket(socket.AF_UNIX) as client:
         client.bind(str(tmp_path / "client\n2026-01-01 INFO forged\x1b[2J"))
         client.connect(path)
         client.sendall(b"hi")

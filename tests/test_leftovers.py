@@ -2,7 +2,6 @@
 
 import gc
 import socket
-import struct
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,12 +10,12 @@ import pytest
 import trio
 import trio.testing
 from process import Start
+from streams import RESET_ON_CLOSE
 
 from trio_server import Connections, Outcome, Shutdown, serve_connection, serve_tcp
 from trio_server.connection import Connection
 
 NUMBER = 20  # of connections in each state
-RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # a linger time of 0 seconds (socket(7))
 
 # A request for each state, and how to tell that its connection is in it.
 STATES: dict[str, tuple[bytes, Callable[[Connection], bool]]] = {

@@ -4,7 +4,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from process import Start, receive_all, request, tool
+from process import Start, free_port, receive_all, request, tool
 from trio.testing import MockClock
 
 from trio_server import log as log_module
@@ -164,14 +163,7 @@ async def test_what_has_gathered_is_written_at_once(
     assert written[1:] == ["the last\n"]
 
 
-async def test_without_a_thread_lines_are_lost_and_nothing_else(
-    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def no_thread(*_: object, **__: object) -> None:
-        await trio.lowlevel.checkpoint()
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
+async def test_without_a_thread_lines_are_lost_and_nothing_else(no_threads: None) -> None:
     log = Log()
     log.say("lost")
     log.end()
@@ -200,8 +192,7 @@ def test_a_start_that_fails_ends_although_nobody_reads_why(serve: Start, start: 
 def test_nobody_reads_stdout_and_it_serves_and_stops(start: Start) -> None:
     reader, writer = os.pipe()
     fill(writer)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port("127.0.0.1")
     process = start("--host", "127.0.0.1", "--port", str(port), "--delay", "0", stdout=writer)
     process.wait_until(lambda: request(("127.0.0.1", port)) == "answered")
     assert process.stop() == 0

@@ -1,14 +1,13 @@
 """The README's own text: its programs run, its links point at what they say, its recipes work."""
 
 import re
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from process import Process, Start, hammering, tool
+from process import Process, Start, free_port, hammering, tool
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -66,12 +65,6 @@ def test_the_table_of_options_is_complete(start: Start) -> None:
     assert options == set(
         re.findall(r"`(--[a-z-]+)", README.split("## Options")[1].split("\n## ")[0])
     )
-
-
-def free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_haproxy_hides_the_restart_of_each_of_three_servers(start: Start, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import trio
-from streams import MemoryListener, read_all
+from streams import RESET_ON_CLOSE, MemoryListener, read_all
 from trio.testing import MockClock, open_stream_to_socket_listener, wait_all_tasks_blocked
 
 from trio_server import (
@@ -34,8 +34,6 @@ DELAY = 0.2  # seconds
 SLACK = 0.9  # seconds; a busy machine is late
 
 fast = partial(hello_world, delay=DELAY)
-
-RESET_ON_CLOSE = b"\1\0\0\0\0\0\0\0"  # a linger time of 0 seconds (socket(7))
 
 
 async def never(_: bytes) -> bytes:

@@ -5,8 +5,9 @@ import socket
 import sys
 from contextlib import suppress
 
+from trio_server.arguments import MOST_DIGITS
+
 FIRST_INHERITED = 3  # the descriptors before are the standard streams
-MOST_DIGITS = 20  # Python refuses to read thousands of them
 
 
 def inherited_sockets() -> list[socket.socket]:
@@ -21,7 +22,9 @@ def inherited_sockets() -> list[socket.socket]:
     if pid != str(os.getpid()) or not number:
         return []
     if not (number.isdecimal() and len(number) < MOST_DIGITS):
-        sys.exit(f"trio-server: LISTEN_FDS={number[:20]} is not a number of sockets: unset it")
+        sys.exit(
+            f"trio-server: LISTEN_FDS={number[:MOST_DIGITS]} is not a number of sockets: unset it"
+        )
     return [_take_over(FIRST_INHERITED + index) for index in range(int(number))]
 
 
@@ -41,7 +44,7 @@ def _take_over(descriptor: int) -> socket.socket:
     return listener
 
 
-def notify(*lines: str) -> None:
+def notify(state: str) -> None:
     """Tell the process manager about a change of state, if it wants to know (sd_notify(3)).
 
     A manager that is gone, or so busy that the message finds no room, is not waited for.
@@ -53,4 +56,4 @@ def notify(*lines: str) -> None:
         address = "\0" + address[1:]
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.settimeout(0)
-        manager.sendto("\n".join(lines).encode(), address)
+        manager.sendto(state.encode(), address)

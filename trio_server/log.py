@@ -1,6 +1,6 @@
 """The log of the command, which never makes anybody wait.
 
-Whoever reads stderr may stop reading: a pager, Ctrl-S, a log driver that is held up. A plain
+A reader of stderr may stop reading: a pager, Ctrl-S, a log driver that is held up. A plain
 handler then blocks at its next line, and with it the whole server. So here a line goes into a
 buffer, a task empties that, and only one of Trio's worker threads ever waits for the reader.
 """
@@ -10,7 +10,6 @@ import os
 import select
 import sys
 import time
-from collections import deque
 from contextlib import suppress
 from typing import TextIO
 
@@ -22,8 +21,6 @@ LAST_SECOND = 1.0  # seconds that the last lines get, when the server has stoppe
 
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # syslog(3)
 
-logger: logging.Logger = logging.getLogger("trio_server")
-
 
 class Log(logging.Handler):
     """Writes the log to stderr, as long as somebody reads it.
@@ -34,7 +31,7 @@ class Log(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: deque[str] = deque()
+        self._lines: list[str] = []
         self._dropped = 0
         self._ended = trio.Event()
         self._scope = trio.CancelScope()

@@ -24,8 +24,8 @@ def default_until_ready() -> list[signal.Signals]:
     """Let a signal end the process without a traceback, as long as there is nothing to stop.
 
     Returns:
-        The signals that ask to stop. What is ignored already stays so, and is not among them: a
-        script's job in the background, for example, or ``nohup``.
+        The signals that ask to stop. A signal that is ignored already stays so, and is not among
+        them: a script's job in the background, for example, or ``nohup``.
     """
     stop_signals = [one for one in STOP_SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
     for one in stop_signals:
