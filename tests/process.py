@@ -152,14 +152,18 @@ def request(address: tuple[str, int]) -> str:
 
 
 @contextmanager
-def hammering(address: tuple[str, int], clients: int) -> Iterator[Counter[str]]:
+def hammering(
+    address: tuple[str, int],
+    clients: int,
+    ask: Callable[[tuple[str, int]], str] = request,
+) -> Iterator[Counter[str]]:
     """Let clients send request after request; yield the counts of what they get."""
     results: Counter[str] = Counter()
     stop = threading.Event()
 
     def hammer() -> None:
         while not stop.is_set():
-            results[request(address)] += 1
+            results[ask(address)] += 1
 
     threads = [threading.Thread(target=hammer) for _ in range(clients)]
     for thread in threads:

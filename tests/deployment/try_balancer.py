@@ -1,0 +1,144 @@
+"""Restart three servers behind load balancers, one after the other, while clients ask on.
+
+HAProxy and nginx run with the files of this folder as they are, in a network namespace of their
+own, where the ports are free. It needs root, and the programs unshare, ip, haproxy and nginx.
+"""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.append(str(FOLDER.parent))
+from process import Process, hammering, receive_all, tool  # noqa: E402 - it is in that folder
+
+SERVERS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")  # as in the files
+BALANCERS = {"HAProxy": 8080, "nginx, TCP": 8081, "nginx, HTTP": 8082}  # their ports, likewise
+
+CLIENTS = 20  # of each balancer
+PAUSE = 1.0  # seconds that a server is away, and then is there before the next one is stopped
+LONG = 0.25  # seconds that a client waits because of a restart, and not of a busy machine
+
+
+def main() -> int:
+    """Try it, and say what the clients saw; return 1 if a request was lost."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=1, help="how often to restart each server")
+    parser.add_argument("--delay", type=float, default=0.2, help="seconds of work for a request")
+    options = parser.parse_args()
+    if os.environ.get("NAMESPACE") != "ours":
+        enter_namespace()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        servers = [Server(Path(folder), host, options.delay) for host in SERVERS]
+        for server in servers:
+            stack.callback(server.end)
+        stack.enter_context(balancing(Path(folder)))
+        with ExitStack() as load:
+            clients = {name: Clients(load, port) for name, port in BALANCERS.items()}
+            for server in servers * options.rounds:
+                time.sleep(PAUSE)
+                server.stop()
+                time.sleep(PAUSE)
+                server.start()
+            time.sleep(PAUSE)
+    print(f"Restarts under load: {len(servers) * options.rounds}")
+    return max([one.report(name, options.delay) for name, one in clients.items()])
+
+
+def enter_namespace() -> None:
+    """Start this program again, in a network that has nothing but a loopback interface."""
+    enter = [tool("unshare"), "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    environment = {**os.environ, "NAMESPACE": "ours", "PATH": path}
+    os.execve(enter[0], [*enter, sys.executable, *sys.argv], environment)  # noqa: S606 - in its place
+
+
+class Server:
+    """One of the servers: the command, on an address of its own."""
+
+    def __init__(self, folder: Path, host: str, delay: float) -> None:
+        self._folder = folder
+        self._options = ("--host", host, "--delay", str(delay))
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it accepts."""
+        self._process = Process(self._folder, self._options)
+        self._process.wait_for_banner()
+
+    def stop(self) -> None:
+        """Stop it with a plain SIGTERM."""
+        if status := self._process.stop():
+            raise RuntimeError(f"exit status {status}: {self._process.stderr}")
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        self._process.popen.kill()
+        self._process.wait()
+
+
+class Clients:
+    """The clients of one balancer."""
+
+    def __init__(self, load: ExitStack, port: int) -> None:
+        self._took: list[float] = []  # seconds for each request
+        self._results = load.enter_context(hammering(("127.0.0.1", port), CLIENTS, self._ask))
+
+    def _ask(self, address: tuple[str, int]) -> str:
+        begun = time.monotonic()
+        outcome = request(address)
+        self._took.append(time.monotonic() - begun)
+        return outcome
+
+    def report(self, name: str, delay: float) -> int:
+        """Say what they saw; return 1 if a request was lost."""
+        waits = [seconds - delay for seconds in self._took]
+        lost = len(waits) - self._results.pop("answered", 0)
+        print(
+            f"{name}: {len(waits)} requests, {lost} lost, {sum(wait > LONG for wait in waits)} "
+            f"waited longer than {LONG} s, the longest {max(waits):.2f} s"
+        )
+        for outcome, times in self._results.items():
+            print(f"    {times} times {outcome}")
+        return 1 if lost else 0
+
+
+@contextmanager
+def balancing(folder: Path) -> Iterator[None]:
+    """Run the balancers with their files, and wait until they answer."""
+    haproxy = [tool("haproxy"), "-db", "-f", str(FOLDER / "haproxy.cfg")]
+    settings = f"daemon off; pid {folder}/nginx.pid;"
+    nginx = [tool("nginx"), "-e", "stderr", "-g", settings, "-c", str(FOLDER / "nginx.conf")]
+    with (folder / "balancers.log").open("wb") as log, ExitStack() as stack:
+        for command in (haproxy, nginx):
+            process = stack.enter_context(subprocess.Popen(command, stdout=log, stderr=log))
+            stack.callback(process.terminate)
+        give_up = time.monotonic() + 10
+        while not all(request(("127.0.0.1", port)) == "answered" for port in BALANCERS.values()):
+            if time.monotonic() > give_up:
+                raise RuntimeError((folder / "balancers.log").read_text())
+            time.sleep(0.1)
+        yield
+
+
+def request(address: tuple[str, int]) -> str:
+    """Be a client; return "answered" or what went wrong."""
+    try:
+        with socket.create_connection(address, timeout=20) as client:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            reply = receive_all(client)
+    except OSError as error:
+        return repr(error)
+    complete = reply.startswith(b"HTTP/1.1 200 ") and reply.endswith(b"\r\n\r\nHello World!")
+    return "answered" if complete else f"got {reply[:60]!r}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
