@@ -27,6 +27,7 @@ from trio_server.log import Log, set_up_logging, write
 from trio_server.responder import hello_world
 from trio_server.server import serve_listeners, serve_tcp
 from trio_server.shutdown import Shutdown
+from trio_server.watch import View
 
 COLLECTOR_THRESHOLDS = (1_000_000, 10, 10)
 """For `gc.set_threshold`: collect when a million more objects were made than freed. A connection
@@ -72,7 +73,8 @@ async def run(
     log: Log,
 ) -> int:
     """Serve until a signal ends it; return the exit status."""
-    shutdown, connections = Shutdown(), Connections()
+    shutdown = Shutdown()
+    connections = View(shutdown, options.delay) if options.watch else Connections()
     limit = options.max_concurrent
     limiter = None if limit is None else trio.CapacityLimiter(limit)
     handler = partial(
@@ -93,10 +95,10 @@ async def run(
         async with trio.open_nursery() as writers:
             writers.start_soon(log.run)
             async with trio.open_nursery() as helpers:
-                say_status = partial(report, connections, limiter, log)
+                say_status = partial(report, connections, log)
                 obey = partial(signals.obey, received, shutdown, connections, say_status)
                 helpers.start_soon(obey, options.grace_period)
-                failure = await serve(start, helpers)
+                failure = await serve(start, helpers, partial(announce, connections))
                 helpers.cancel_scope.cancel()
             if failure is not None:
                 log.fail(f"trio-server: {advice(failure, options)}")
@@ -107,30 +109,36 @@ async def run(
     return 1 if failure or outcomes[Outcome.CUT_OFF] or outcomes[Outcome.FAILED] else 0
 
 
-async def serve(start: Callable[..., Awaitable[None]], helpers: trio.Nursery) -> Exception | None:
+async def serve(
+    start: Callable[..., Awaitable[None]],
+    helpers: trio.Nursery,
+    ready: Callable[[list[trio.SocketListener]], Awaitable[None]],
+) -> Exception | None:
     """Serve until the server is shut down; return the reason if it could not."""
     failure = None
     try:
         async with trio.open_nursery() as nursery:
             if listeners := await nursery.start(start):
-                helpers.start_soon(announce, listeners)
+                helpers.start_soon(ready, listeners)
     except* (OSError, trio.ClosedResourceError) as group:
         [failure] = group.exceptions
     return failure
 
 
-async def announce(listeners: list[trio.SocketListener]) -> None:
-    """Say on stdout where the server listens, and that it accepts connections."""
+async def announce(connections: Connections, listeners: list[trio.SocketListener]) -> None:
+    """Say on stdout where the server listens, and that it accepts connections. Show the view."""
     notify("READY=1")
     sockets = [listener.socket for listener in listeners if listener.socket.fileno() >= 0]
     urls = [format_url(one.getsockname()) for one in sockets]  # Some may be closed by now.
     lines = [*(f"Listening on {url} (Ctrl-C stops)" for url in urls), BANNER]
     await write(sys.stdout, "".join(f"{line}\n" for line in lines))
+    if isinstance(connections, View):
+        await connections.show(urls)
 
 
-def report(connections: Connections, limiter: trio.CapacityLimiter | None, log: Log) -> None:
+def report(connections: Connections, log: Log) -> None:
     """Log what is going on, and tell the process manager."""
-    status = connections.status(limiter.statistics().tasks_waiting if limiter else 0)
+    status = connections.status()
     log.say(status)
     notify(f"STATUS={status}")
 

@@ -32,13 +32,14 @@ class Connections:
     """The connections of a server, or of several: pass it to `serve_connection`.
 
     Attributes:
-        open: The open connections.
+        open: The open connections, oldest first. (A dictionary keeps its order; its values are
+            of no use.)
         outcomes: How many have ended with each outcome.
         since: When the count began, in seconds since the epoch.
     """
 
     def __init__(self) -> None:
-        self.open: set[Connection] = set()
+        self.open: dict[Connection, None] = {}
         self.outcomes: Counter[Outcome] = Counter()
         self.since: float = time.time()
 
@@ -49,12 +50,12 @@ class Connections:
 
     def begin(self, connection: "Connection") -> None:
         """Add a connection."""
-        self.open.add(connection)
+        self.open[connection] = None
         logger.debug("%s connected", connection.peer)
 
     def end(self, connection: "Connection") -> None:
         """Count a connection that has ended, and log a line about it."""
-        self.open.discard(connection)
+        del self.open[connection]
         self.outcomes[connection.outcome] += 1
         # Health checks, port scans and a browser's spare connections send nothing.
         level = logging.INFO if connection.bytes_in else logging.DEBUG
@@ -65,17 +66,14 @@ class Connections:
         """Write how many have ended with each outcome."""
         return ", ".join(f"{self.outcomes[outcome]} {outcome.value}" for outcome in Outcome)
 
-    def status(self, waiting: int) -> str:
-        """Write what is going on now, and how connections have ended so far.
-
-        Args:
-            waiting: How many of the requests in flight wait for their permit.
-        """
+    def status(self) -> str:
+        """Write what is going on now, and how connections have ended so far."""
         ages = [
             trio.current_time() - connection.received_at
             for connection in self.open
             if connection.in_flight and connection.received_at is not None
         ]
+        waiting = sum(one.in_flight and one.started_at is None for one in self.open)
         oldest = (
             f" (the oldest for {max(ages):.1f} s, {waiting} wait for a permit)" if ages else ""
         )

@@ -4,6 +4,7 @@ import argparse
 import errno
 import math
 import socket
+import sys
 from contextlib import suppress
 from functools import partial
 from urllib.parse import urlsplit
@@ -76,8 +77,12 @@ def parse_arguments() -> argparse.Namespace:
         default="info",
         help="the least severe of what is logged on stderr (default: %(default)s)",
     )
+    option("--watch", action="store_true", help="draw what goes on in the terminal, as it goes on")
     option("--version", action="version", version=f"%(prog)s {trio_server.__version__}")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.watch and not (sys.stdout and sys.stdout.isatty()):
+        parser.error("--watch draws in a terminal: leave it out where stdout is a file or a pipe")
+    return options
 
 
 def host(text: str) -> str:

@@ -57,9 +57,9 @@ async def serve_connection(  # noqa: PLR0913 - keyword-only, each with a default
             try:
                 # A permit covers the work alone, so a silent client keeps none from the others.
                 async with limiter or nullcontext():
+                    connection.started_at = trio.current_time()
                     reply = memoryview(await respond(request)).cast("B")  # or it is a TypeError
-            # A responder with a nursery may fail and be cancelled at once: both come in one
-            # group. `except*` ends the failure here, and lets the cancellation go on.
+            # A nursery may raise a failure and a cancellation in one group: the latter goes on.
             except* Exception:
                 connection.in_flight, connection.outcome = False, Outcome.FAILED
                 logger.exception("%s: the responder failed", connection.peer)
@@ -86,6 +86,7 @@ class Connection:
     bytes_out: int = 0  # of the reply, once all of it was sent
     accepted_at: float = field(default_factory=trio.current_time)
     received_at: float | None = None  # the request
+    started_at: float | None = None  # the responder, once there is a permit
     replied_at: float | None = None
 
     async def __aenter__(self) -> None:

@@ -27,7 +27,7 @@ class Shutdown:
 
     def __init__(self) -> None:
         self._begun = trio.Event()
-        self._grace_ends = math.inf  # on Trio's clock
+        self.grace_ends: float = math.inf  # on Trio's clock
         # Weak sets: a cancel scope leaves by itself once neither a task nor Trio uses it any more.
         self._waits: weakref.WeakSet[trio.CancelScope] = weakref.WeakSet()
         self._servers: weakref.WeakSet[trio.CancelScope] = weakref.WeakSet()
@@ -53,12 +53,12 @@ class Shutdown:
         """
         check_seconds("grace_period", grace_period)
         now = trio.current_time()
-        self._grace_ends = min(self._grace_ends, now + grace_period)
+        self.grace_ends = min(self.grace_ends, now + grace_period)
         self._begun.set()
         for server in self._servers:
-            server.deadline = self._grace_ends
+            server.deadline = self.grace_ends
         for wait in self._waits:
-            wait.deadline = min(wait.deadline, now + CLOSING_TIME, self._grace_ends)
+            wait.deadline = min(wait.deadline, now + CLOSING_TIME, self.grace_ends)
 
     def move_on_after(self, seconds: float) -> trio.CancelScope:
         """Limit a wait, like `trio.move_on_after`; once the shutdown has begun, to a second.
@@ -81,7 +81,7 @@ class Shutdown:
 
     def grace_scope(self) -> trio.CancelScope:
         """Return the cancel scope for a whole server. It ends with the grace period."""
-        server = trio.CancelScope(deadline=self._grace_ends)
+        server = trio.CancelScope(deadline=self.grace_ends)
         self._servers.add(server)
         return server
 
