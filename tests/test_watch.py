@@ -239,12 +239,12 @@ def client(server: tuple[str, int]) -> threading.Thread:
 def test_three_clients_are_seen_at_work_and_ctrl_c_shows_the_shutdown(
     terminal: Terminal, start: Start
 ) -> None:
-    process = start_in(terminal, start, "--delay", "3")
+    process = start_in(terminal, start, "--delay", "2")
     server = address(terminal)
     clients = []
     for _ in range(3):
         clients.append(client(server))
-        time.sleep(0.5)
+        time.sleep(0.3)
     title, *rows = terminal.wait_for(lambda screen: len(screen) == 4)
     assert title.endswith(f"{server[1]} · 3 in flight · 0 idle")
     lengths = [row.count("█") for row in rows]
