@@ -26,13 +26,19 @@ class Process:
     """`python -m trio_server`, with its two outputs in files so that it never waits for us."""
 
     def __init__(
-        self, folder: Path, options: Sequence[str], *, prefix: Sequence[str] = (), **settings: Any
+        self,
+        folder: Path,
+        options: Sequence[str],
+        *,
+        prefix: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "trio_server"),
+        **settings: Any,
     ) -> None:
         self._stdout = folder / f"stdout-{time.monotonic_ns()}"
         self._stderr = folder / f"stderr-{time.monotonic_ns()}"
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             self.popen: subprocess.Popen[bytes] = subprocess.Popen(
-                [*prefix, sys.executable, "-m", "trio_server", *options],
+                [*prefix, sys.executable, *program, *options],
                 **{"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr, **settings},
             )
 

@@ -10,15 +10,18 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from measure import Load, burst, hold, hurry
+from measure import Crowd, Load, burst, crowd, hold, hurry
 from report import FULL, SMALL, Plan, Results, beyond, cell, print_report, say
 from servers import (
     BACKLOG,
     HOST,
+    OURS,
+    UVICORN,
     Kind,
     available,
     raise_file_limit,
@@ -29,10 +32,15 @@ from servers import (
 SPARE_FILES = 500
 """Open files, beside its connections, that a server or ab may need."""
 
+PROCESSES = 4
+"""How many share a socket where there are more connections than files."""
+
+STARTING_TIME = 3.0  # seconds that uvicorn's workers take after it listens
+
 
 def main() -> None:
     """Measure, then print the report."""
-    plan, only = parse_arguments()
+    plan, only, pythons = parse_arguments()
     limit = raise_file_limit()
     growth = tuple(size for size in plan.growth if size + SPARE_FILES <= limit)
     plan = replace(plan, growth=growth)
@@ -40,7 +48,7 @@ def main() -> None:
         sys.exit("there is no `ab`: install apache2-utils")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kinds, left_out = available(folder)
+        kinds, left_out = available(folder, pythons)
         if unknown := set(only) - {kind.name for kind in kinds}:
             sys.exit(f"not among {', '.join(kind.name for kind in kinds)}: {', '.join(unknown)}")
         if only:
@@ -51,16 +59,17 @@ def main() -> None:
     print_report(kinds, plan, results, left_out)
 
 
-def parse_arguments() -> tuple[Plan, list[str]]:
-    """Read the command line; return the plan, and the only servers to measure, if any."""
+def parse_arguments() -> tuple[Plan, list[str], list[str]]:
+    """Read the command line: the plan, the only servers to measure, if any, more Pythons."""
     parser = argparse.ArgumentParser(prog="python tests/benchmark", description=__doc__)
     option = parser.add_argument
     option("--rounds", type=int, help=f"rounds to take the medians of (default: {FULL.rounds})")
     option("--small", action="store_true", help="see that it works, in half a minute")
     option("--only", action="append", metavar="NAME", default=[], help="a server to measure")
+    option("--python", action="append", metavar="PATH", default=[], help="one more for ours")
     options = parser.parse_args()
     plan = SMALL if options.small else FULL
-    return replace(plan, rounds=options.rounds or plan.rounds), options.only
+    return replace(plan, rounds=options.rounds or plan.rounds), options.only, options.python
 
 
 def measure(kinds: list[Kind], plan: Plan, folder: Path) -> Results:
@@ -85,14 +94,35 @@ def measure(kinds: list[Kind], plan: Plan, folder: Path) -> Results:
             load = share(processes, plan.requests, folder)
             results.shared[processes].append(load)
             say(f"round {number}: {processes} on one socket: {cell(load.rate)} requests/s")
+        for kind in kinds:
+            if kind.name in {OURS.name, UVICORN}:
+                result = many(kind, plan, folder)
+                results.crowds[kind.name].append(result)
+                p99 = cell(beyond(result.p99, plan))
+                say(f"round {number}: {kind.name}: {plan.many:,} at once, p99 {p99} ms beyond")
     return results
+
+
+def many(kind: Kind, plan: Plan, folder: Path) -> Crowd:
+    """Measure several processes of a server that share a socket, each with its own files."""
+    if kind.name == UVICORN:
+        workers = replace(kind, command=(*kind.command, "--workers", str(PROCESSES)))
+        with serving(workers, plan.delay, folder) as server:
+            time.sleep(STARTING_TIME)
+            return crowd([server], plan.many, plan.delay)
+    with socket.create_server((HOST, 0), backlog=int(BACKLOG)) as listener, ExitStack() as stack:
+        servers = [
+            stack.enter_context(serving_inherited(listener, plan.delay, folder))
+            for _ in range(PROCESSES)
+        ]
+        return crowd(servers, plan.many, plan.delay)
 
 
 def share(processes: int, requests: int, folder: Path) -> Load:
     """Measure processes of our server that accept from one socket."""
     with socket.create_server((HOST, 0), backlog=int(BACKLOG)) as listener, ExitStack() as stack:
         for _ in range(processes):
-            stack.enter_context(serving_inherited(listener, folder))
+            stack.enter_context(serving_inherited(listener, 0, folder))
         return burst(listener.getsockname()[1], requests)
 
 

@@ -6,8 +6,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,10 @@ milliseconds of a core, so not more often."""
 
 PAGE = os.sysconf("SC_PAGE_SIZE")  # bytes
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds
+
+
+CROWD_LOADS = 4
+"""How many ab make a crowd."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,24 @@ class Rate:
     cpu: float | None
 
 
+@dataclass(frozen=True)
+class Crowd:
+    """More connections at once than one process may have.
+
+    Attributes:
+        failures: How many requests failed.
+        p99: Seconds for the one that 99 % are not slower than, of the slowest ab; None if
+            some failed.
+        memory: Bytes of all the processes, at most.
+        cpu: Seconds of processor time for each connection.
+    """
+
+    failures: int
+    p99: float | None
+    memory: int
+    cpu: float
+
+
 def hold(server: Running, connections: int, delay: float) -> Held:
     """Make connections all at once to a fresh server that answers after ``delay`` seconds."""
     # One more: ab makes its first request alone, and the others when that was answered.
@@ -114,11 +136,43 @@ def burst(port: int, requests: int) -> Load:
         return report(client, requests, time.monotonic() + AB_TIMEOUT)
 
 
+def crowd(servers: Sequence[Running], connections: int, delay: float) -> Crowd:
+    """Make connections all at once to processes that share a port.
+
+    Each of several ab has an address of its own, as one address has 28,000 ports, and one ab may
+    not have more than 20,000 connections.
+    """
+    each = connections // CROWD_LOADS
+    cpu_before = sum(cpu_time(server.pid) for server in servers)
+    resident_most = 0
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(ab(servers[0].port, each + 1, each, f"127.0.0.{2 + number}"))
+            for number in range(CROWD_LOADS)
+        ]
+        give_up = time.monotonic() + AB_TIMEOUT
+        while any(client.poll() is None for client in clients) and time.monotonic() < give_up:
+            resident_most = max(resident_most, sum(resident(server.pid) for server in servers))
+            time.sleep(delay / LOOKS)
+        loads = [report(client, each + 1, give_up) for client in clients]
+    cpu = sum(cpu_time(server.pid) for server in servers) - cpu_before
+    p99s = [load.p99 for load in loads if load.p99 is not None]
+    return Crowd(
+        sum(load.failures for load in loads),
+        max(p99s) if len(p99s) == len(loads) else None,
+        resident_most,
+        cpu / connections,
+    )
+
+
 @contextmanager
-def ab(port: int, requests: int, clients: int) -> Iterator[subprocess.Popen[str]]:
+def ab(
+    port: int, requests: int, clients: int, address: str = HOST
+) -> Iterator[subprocess.Popen[str]]:
     """Run ab until the block ends."""
-    # -r: go on after an error, to count them. -q: no progress.
-    command = ("ab", "-r", "-q", "-n", str(requests), "-c", str(clients), f"http://{HOST}:{port}/")
+    # -r: go on after an error, to count them. -q: no progress. -B: where it comes from.
+    numbers = ("-n", str(requests), "-c", str(clients))
+    command = ("ab", "-r", "-q", "-B", address, *numbers, f"http://{HOST}:{port}/")
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
-from measure import CLIENTS, Held, Load, Rate
-from servers import BARE, Kind
+from measure import CLIENTS, CROWD_LOADS, Crowd, Held, Load, Rate
+from servers import FIFTEEN, Kind
 
 NOTHING = "–"  # noqa: RUF001 - a dash is what tables have where a number is missing
 
@@ -31,6 +31,7 @@ class Plan:
         requests: Requests to measure the rate with.
         shared: How often in a round to measure processes that share a socket, as these times
             vary more than others: ab and both processes compete for the cores.
+        many: Connections at once on several processes.
     """
 
     rounds: int
@@ -39,21 +40,29 @@ class Plan:
     growth: tuple[int, ...]
     requests: int
     shared: int
+    many: int
 
 
 FULL = Plan(
-    rounds=3, delay=4, held=10_000, growth=(1_000, 5_000, 19_000), requests=20_000, shared=3
+    rounds=3,
+    delay=4,
+    held=10_000,
+    growth=(1_000, 5_000),
+    requests=20_000,
+    shared=3,
+    many=50_000,
 )
-SMALL = Plan(rounds=1, delay=0.5, held=200, growth=(50,), requests=1_000, shared=1)
+SMALL = Plan(rounds=1, delay=0.5, held=200, growth=(50,), requests=1_000, shared=1, many=400)
 
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured: by server and number of connections, by server, by processes."""
+    """What was measured: by server and size, by server, by processes, by server."""
 
     held: dict[tuple[str, int], list[Held]] = field(default_factory=lambda: defaultdict(list))
     rates: dict[str, list[Rate]] = field(default_factory=lambda: defaultdict(list))
     shared: dict[int, list[Load]] = field(default_factory=lambda: defaultdict(list))
+    crowds: dict[str, list[Crowd]] = field(default_factory=lambda: defaultdict(list))
 
 
 def say(text: str) -> None:
@@ -67,7 +76,7 @@ def print_report(kinds: list[Kind], plan: Plan, results: Results, left_out: list
         f"Medians, rounds: {plan.rounds}, on {os.cpu_count()} cores that the servers share with "
         f"ab. Held: {plan.held:,} connections at once, {plan.delay:g} s of work each; times are "
         f"beyond these {plan.delay:g} s. Rate: no work, {CLIENTS} at once, {plan.requests:,} "
-        f"requests. In parentheses: the ratio to {BARE.name}. Queue full: how often the "
+        f"requests. In parentheses: the ratio to {FIFTEEN.name}. Queue full: how often the "
         "kernel let a client of the held ones wait a second, as the accept queue was full.\n"
     )
     print_servers(kinds, plan, results)
@@ -76,6 +85,7 @@ def print_report(kinds: list[Kind], plan: Plan, results: Results, left_out: list
     one, two = (median(load.rate for load in results.shared[number]) for number in (1, 2))
     print(f"trio_server on one inherited socket: one process {cell(one)} requests/s,", end=" ")
     print(f"two processes {cell(two)} requests/s{ratio(two, one)}.\n")
+    print_crowds(plan, results)
     for sentence in left_out:
         print(f"{sentence}.\n")
     go = shutil.which("go")
@@ -85,12 +95,15 @@ def print_report(kinds: list[Kind], plan: Plan, results: Results, left_out: list
 
 def environment() -> str:
     """Say when and with what it was measured."""
-    # Debian's Python is optimized by profiles, too, but was not configured by this option.
-    optimized = "--enable-optimizations" in str(sysconfig.get_config_var("CONFIG_ARGS"))
+    if "--enable-optimizations" in str(sysconfig.get_config_var("CONFIG_ARGS")):
+        build = "built with --enable-optimizations"
+    elif sys.base_prefix == "/usr":
+        build = "the distribution's own, which is optimized by profiles"
+    else:
+        build = "built without --enable-optimizations, so slower than a distribution's"
     return (
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()} (built with{'' if optimized else 'out'} "
-        f"--enable-optimizations), Trio {version('trio')}"
+        f"{platform.python_version()} ({build}), Trio {version('trio')}"
     )
 
 
@@ -99,15 +112,15 @@ def print_servers(kinds: list[Kind], plan: Plan, results: Results) -> None:
     measured = ("p50 ms", "p99 ms", "max ms", "KB each", "requests/s", "CPU µs")
     print_row("server", *measured, "failed", "queue full")
     print_row("---", *["---:"] * 8)
-    bare = summary(BARE.name, plan, results)
+    fifteen = summary(FIFTEEN.name, plan, results)
     for kind in kinds:
         held, rates = results.held[kind.name, plan.held], results.rates[kind.name]
         loads = [*(one.load for one in held), *(one.load for one in rates)]
         failures = sum(load.failures for load in loads)
         of_all = f"{failures:,} of {sum(load.requests for load in loads):,}" if failures else "0"
         cells = [
-            cell(value) + ratio(value, of_bare)
-            for value, of_bare in zip(summary(kind.name, plan, results), bare, strict=True)
+            cell(value) + ratio(value, of_fifteen)
+            for value, of_fifteen in zip(summary(kind.name, plan, results), fifteen, strict=True)
         ]
         drops = cell(median(one.dropped for one in held))
         print_row(kind.name, *cells, of_all, drops)
@@ -153,6 +166,23 @@ def print_chart(kinds: list[Kind], plan: Plan, results: Results) -> None:
     print("    x-axis [" + ", ".join(f'"{name}"' for name in shown) + "]")
     print('    y-axis "ms"')
     print("    bar [" + ", ".join(f"{value:.0f}" for value in shown.values()) + "]\n```\n")
+
+
+def print_crowds(plan: Plan, results: Results) -> None:
+    """Print what several processes did that share a socket."""
+    print(
+        f"Many: {plan.many:,} connections at once on four processes that share a socket, from "
+        f"{CROWD_LOADS} ab, which take most of the processor themselves.\n"
+    )
+    print_row("four processes", "p99 ms", "MB in all", "CPU µs", "failed")
+    print_row("---", *["---:"] * 4)
+    for name, crowds in results.crowds.items():
+        p99 = median(beyond(one.p99, plan) for one in crowds)
+        memory = median(one.memory / 1e6 for one in crowds)
+        cpu = median(1e6 * one.cpu for one in crowds)
+        failed = sum(one.failures for one in crowds)
+        print_row(name, cell(p99), cell(memory), cell(cpu), f"{failed:,}")
+    print()
 
 
 def print_row(*cells: str) -> None:

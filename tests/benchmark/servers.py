@@ -68,11 +68,16 @@ class Running:
     port: int
 
 
-OURS = Kind(
-    "trio_server",
-    (sys.executable, "-m", "trio_server", f"--host={HOST}", "--port={port}", "--delay={delay}"),
-)
-BARE = Kind("bare Trio", (sys.executable, "bare_trio.py"))
+def ours(python: str, name: str = "trio_server") -> Kind:
+    """Our server on some Python."""
+    return Kind(
+        name, (python, "-m", "trio_server", f"--host={HOST}", "--port={port}", "--delay={delay}")
+    )
+
+
+OURS = ours(sys.executable)
+FIFTEEN = Kind("fifteen lines", (sys.executable, "fifteen_lines.py", "{port}", "{delay}"))
+UVICORN = "uvicorn"
 
 
 def raise_file_limit() -> int:
@@ -86,15 +91,24 @@ def raise_file_limit() -> int:
     return hard
 
 
-def available(folder: Path) -> tuple[list[Kind], list[str]]:
+def available(folder: Path, pythons: Sequence[str]) -> tuple[list[Kind], list[str]]:
     """Find out what this machine can run; compile what has to be, into ``folder``.
+
+    Args:
+        folder: Where the compiled programs go.
+        pythons: More Pythons, each with Trio, to run our server on.
 
     Returns:
         The servers, ours first; and a sentence about each that is left out.
     """
+    versions = [
+        subprocess.check_output((python, "-V"), text=True, timeout=START_TIMEOUT).strip()
+        for python in pythons
+    ]
     kinds = [
         OURS,
-        BARE,
+        *(ours(python, f"… on {text}") for python, text in zip(pythons, versions, strict=True)),
+        FIFTEEN,
         Kind("asyncio", (sys.executable, "asyncio_streams.py")),
         Kind("threads", (sys.executable, "threads.py")),
     ]
@@ -104,7 +118,7 @@ def available(folder: Path) -> tuple[list[Kind], list[str]]:
     uvicorn = ("asgi:on_asyncio", "--host", HOST, "--port", "{port}", *backlog)
     for package, options, announcement in (
         ("hypercorn", hypercorn, "Running on"),
-        ("uvicorn", uvicorn, ""),
+        (UVICORN, uvicorn, ""),
     ):
         if importlib.util.find_spec(package):
             command = (sys.executable, "-m", package, *options)
@@ -150,12 +164,13 @@ def serving(kind: Kind, delay: float, folder: Path) -> Iterator[Running]:
 
 
 @contextmanager
-def serving_inherited(listener: socket.socket, folder: Path) -> Iterator[None]:
-    """Run our server, without delay, on a socket that listens already."""
-    command = ["sh", "-c", ACTIVATE, "sh", sys.executable, "-m", "trio_server", "--delay=0"]
+def serving_inherited(listener: socket.socket, delay: float, folder: Path) -> Iterator[Running]:
+    """Run our server on a socket that listens already."""
+    server = (sys.executable, "-m", "trio_server", f"--delay={delay}")
+    command = ["sh", "-c", ACTIVATE, "sh", *server]
     with running(command, folder, {}, stdin=listener.fileno()) as (process, log):
         wait_until(lambda: "Listening on " in log.read_text(), process, log)
-        yield
+        yield Running(process.pid, listener.getsockname()[1])
 
 
 @contextmanager

@@ -1,0 +1,261 @@
+"""Why there are more than fifteen lines: the same is done to the README's fifteen and to ours.
+
+Each test shows a failure of the fifteen lines, and that this server does not fail.
+"""
+
+import fcntl
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from process import Process, Start, free_port, receive_all, tool
+from streams import RESET_ON_CLOSE
+
+from trio_server.responder import REPLY
+
+FIFTEEN_LINES = Path(__file__).with_name("benchmark") / "peers/fifteen_lines.py"
+
+
+@dataclass
+class Server:
+    """One of the two servers."""
+
+    process: Process
+    port: int
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def ask(self, request: bytes = b"GET / HTTP/1.1\r\n\r\n", timeout: float = 10) -> str:
+        """Be a client; return "answered", or "lost"."""
+        try:
+            with self.connect() as client:
+                client.settimeout(timeout)
+                client.sendall(request)
+                return "answered" if receive_all(client) == REPLY else "lost"
+        except OSError:
+            return "lost"
+
+    @property
+    def waiting(self) -> int | None:
+        """How many clients are in the accept queue; None if nobody listens."""
+        # Such a row reads `0: 0100007F:06C1 00000000:0000 0A 00000000:00000002 …`: 2 of them.
+        row = rf":{self.port:04X} \S+ 0A \w+:(\w+) "
+        found = re.search(row, Path(f"/proc/{self.process.popen.pid}/net/tcp").read_text())
+        return int(found[1], 16) if found else None
+
+
+Servers = Callable[..., tuple[Server, Server]]
+
+
+@pytest.fixture
+def servers(start: Start, tmp_path: Path) -> Servers:
+    """Start the fifteen lines, or a variation of them, and this server."""
+
+    def start_both(
+        *options: str, delay: float = 0.3, text: str = FIFTEEN_LINES.read_text(), **settings: Any
+    ) -> tuple[Server, Server]:
+        (tmp_path / "program.py").write_text(text)
+        program = [str(tmp_path / "program.py")]
+        ports = [free_port("127.0.0.1") for _ in range(2)]
+        one = start(str(ports[0]), str(delay), program=program, **settings)
+        other = start("--port", str(ports[1]), "--delay", str(delay), *options, **settings)
+        fifteen, ours = Server(one, ports[0]), Server(other, ports[1])
+        one.wait_until(lambda: fifteen.waiting is not None)
+        other.wait_for_banner()
+        return fifteen, ours
+
+    return start_both
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(100) as pool:
+        yield pool
+
+
+def results(futures: list[Future[str]]) -> list[str]:
+    """Collect what clients saw, each once."""
+    return sorted({future.result() for future in futures})
+
+
+def test_the_fifteen_lines_are_fifteen_and_stand_in_the_readme() -> None:
+    text = FIFTEEN_LINES.read_text()
+    assert sum(line != "" for line in text.splitlines()) == 15
+    assert f"```python\n{text}```\n" in Path(__file__, "../../README.md").resolve().read_text()
+
+
+def test_a_client_resets(servers: Servers, pool: ThreadPoolExecutor) -> None:
+    def reset_beside_a_good_client(server: Server) -> str:
+        good = pool.submit(server.ask)
+        with server.connect() as bad:
+            time.sleep(0.1)
+            bad.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        return good.result()
+
+    fifteen, ours = servers()
+    assert reset_beside_a_good_client(fifteen) == "lost"
+    assert fifteen.process.wait() == 1
+    assert "BrokenResourceError" in fifteen.process.stderr
+    assert reset_beside_a_good_client(ours) == "answered"
+
+
+def test_a_client_sends_more_than_is_read(servers: Servers) -> None:
+    fifteen, ours = servers()
+    request = b"x" * 4_000_000
+    assert (fifteen.ask(request), ours.ask(request)) == ("lost", "answered")
+
+
+def test_a_client_is_silent(servers: Servers) -> None:
+    fifteen, ours = servers("--client-timeout", "0.3")
+    with fifteen.connect() as client, ours.connect() as other:
+        assert other.recv(1) == b""  # The server has closed the connection.
+        client.settimeout(1)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_it_is_stopped_with_a_request_in_flight(
+    servers: Servers, pool: ThreadPoolExecutor, stop: signal.Signals
+) -> None:
+    def stop_during_a_request(server: Server) -> str:
+        client = pool.submit(server.ask)
+        time.sleep(0.1)
+        server.process.stop(stop)
+        return client.result()
+
+    fifteen, ours = servers()
+    assert stop_during_a_request(fifteen) == "lost"
+    assert ("Traceback" in fifteen.process.stderr) == (stop == signal.SIGINT)
+    assert stop_during_a_request(ours) == "answered"
+    assert "Traceback" not in ours.process.stderr
+
+
+def test_it_is_stopped_with_clients_in_the_accept_queue(
+    servers: Servers, pool: ThreadPoolExecutor
+) -> None:
+    def stop_with_a_queue(server: Server) -> list[str]:
+        server.process.freeze()
+        clients = [pool.submit(server.ask) for _ in range(50)]
+        server.process.wait_until(lambda: server.waiting == 50)
+        server.process.kill(signal.SIGTERM)
+        server.process.thaw()
+        return results(clients)
+
+    fifteen, ours = servers()
+    assert stop_with_a_queue(fifteen) == ["lost"]
+    assert stop_with_a_queue(ours) == ["answered"]
+
+
+def test_many_clients_come_at_once(servers: Servers) -> None:
+    def count_those_who_wait_when_the_first_is_answered(server: Server) -> int | None:
+        """A queue that stays long overflows, and then clients wait for a second, or longer."""
+        server.process.freeze()
+        clients = [server.connect() for _ in range(800)]
+        for client in clients:
+            client.sendall(b"hi")
+        server.process.thaw()
+        clients[0].recv(1)
+        server.process.freeze()
+        waiting = server.waiting
+        server.process.thaw()
+        for client in clients:
+            client.close()
+        return waiting
+
+    fifteen, ours = servers(delay=0)
+    assert count_those_who_wait_when_the_first_is_answered(fifteen)
+    assert count_those_who_wait_when_the_first_is_answered(ours) == 0
+
+
+def test_there_are_more_clients_than_files(servers: Servers, pool: ThreadPoolExecutor) -> None:
+    limit = ("sh", "-c", 'ulimit -S -n 40; exec "$@"', "sh")
+    fifteen, ours = servers(prefix=limit)
+    clients = [pool.submit(server.ask) for _ in range(50) for server in (fifteen, ours)]
+    assert results(clients) == ["answered"]
+    assert fifteen.process.stderr.count("Traceback") > 1
+    assert "Too many open files" in fifteen.process.stderr
+    assert "Too many open files" not in ours.process.stderr
+
+
+def test_localhost_is_also_an_address_that_cannot_be_used(start: Start, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make such a machine")
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
+    enter = f"""
+        mount --bind {tmp_path}/hosts /etc/hosts
+        echo 1 > /proc/sys/net/ipv6/conf/lo/disable_ipv6
+        ip link set lo up
+        exec "$@"
+    """
+    tool("ip")
+    prefix = (tool("unshare"), "--net", "--mount", "sh", "-ec", enter, "sh")
+    fifteen = start("1729", "0", program=[str(FIFTEEN_LINES)], prefix=prefix)
+    assert fifteen.wait() == 1
+    assert "Cannot assign requested address" in fifteen.stderr
+    ours = start(prefix=prefix)
+    ours.wait_for_banner()
+    assert ours.addresses == [("127.0.0.1", 1729)]
+
+
+def test_the_port_is_taken(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        fifteen = start(port, "0", program=[str(FIFTEEN_LINES)])
+        ours = start("--port", port)
+        assert (fifteen.wait(), ours.wait()) == (1, 1)
+    assert "Traceback" in fifteen.stderr
+    assert ours.stderr.startswith(f"trio-server: port {port} is already in use: ")
+    assert len(ours.stderr.splitlines()) == 1
+
+
+def test_nobody_reads_the_log(servers: Servers) -> None:
+    text = "import logging\nlogging.basicConfig(level=logging.INFO)\n" + FIFTEEN_LINES.read_text()
+    text = text.replace("await trio.sleep(DELAY)", "logging.info('a request')")
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    try:
+        fifteen, ours = servers(text=text, delay=0, stderr=writer)
+        assert any(fifteen.ask(timeout=0.5) == "lost" for _ in range(250))
+        assert all(ours.ask() == "answered" for _ in range(250))
+        fifteen.process.kill(signal.SIGKILL)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_it_is_held_up_for_longer_than_the_timeout_of_a_client(servers: Servers) -> None:
+    text = FIFTEEN_LINES.read_text().replace("serve_tcp, handler", "serve_tcp, limited")
+    limited = """\
+async def limited(stream: trio.SocketStream) -> None:
+    with trio.move_on_after(0.5):
+        await handler(stream)
+
+
+trio.run("""
+
+    def hold_up(server: Server) -> str:
+        with server.connect() as client, suppress(ConnectionResetError):
+            time.sleep(0.1)  # By now it waits for the request.
+            server.process.freeze()
+            client.sendall(b"hi")
+            time.sleep(0.5)
+            server.process.thaw()
+            if receive_all(client) == REPLY:
+                return "answered"
+        return "lost"
+
+    fifteen, ours = servers(
+        "--client-timeout", "0.5", text=text.replace("trio.run(", limited), delay=0.1
+    )
+    assert (hold_up(fifteen), hold_up(ours)) == ("lost", "answered")
