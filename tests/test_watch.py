@@ -4,6 +4,7 @@ import math
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
@@ -20,6 +22,7 @@ from process import Process, Start, request, tool
 from trio_server import watch
 from trio_server.account import Outcome
 from trio_server.connection import Connection
+from trio_server.log import Log
 from trio_server.shutdown import Shutdown
 from trio_server.watch import ENTER, LEAVE, View, frame
 
@@ -33,8 +36,13 @@ def shutdown(autojump_clock: object) -> Shutdown:
 
 
 @pytest.fixture
-def view(shutdown: Shutdown) -> View:
-    return View(shutdown, delay=4)
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture
+def view(shutdown: Shutdown, log: Log) -> View:
+    return View(shutdown, 4, log)
 
 
 def add(view: View, port: int, request: bytes = b"", **state: Any) -> Connection:
@@ -114,7 +122,7 @@ async def test_what_a_client_sends_does_no_harm(view: View, request_: bytes) -> 
 
 async def test_a_shutdown_says_how_many_seconds_are_left(view: View, shutdown: Shutdown) -> None:
     shutdown.begin(30)
-    assert "· shutting down, 28 s left ·" in view.draw(URLS, WIDE, now=trio.current_time() + 2)[0]
+    assert "· shutting down, 28 s left ·" in view.draw(URLS, (100, 24), trio.current_time() + 2)[0]
 
 
 async def test_a_shutdown_without_an_end_says_no_seconds(view: View, shutdown: Shutdown) -> None:
@@ -134,7 +142,28 @@ def test_no_colour_and_no_unicode_where_they_are_not_wanted(
     assert "\x1b[32m#=\x1b[m." in frame(["·", "█▌░…"])
 
 
-async def test_warnings_show_in_the_view_and_every_ending_restores_the_terminal(
+async def test_what_does_not_fit_beside_the_url_replaces_it(
+    view: View, shutdown: Shutdown
+) -> None:
+    shutdown.begin(30)
+    now = trio.current_time()
+    title = "shutting down, 30 s left · 0 in flight · 0 idle"
+    assert view.draw([*URLS, "http://[::1]:1729"], WIDE, now) == [title]
+    assert view.draw(URLS, (100, 24), now + 31) == [
+        "trio_server on http://127.0.0.1:1729 · shutting down, 0 s left · 0 in flight · 0 idle"
+    ]
+
+
+async def test_the_last_warnings_are_shown(view: View, log: Log) -> None:
+    for number in range(200):
+        log.emit(logging.makeLogRecord({"msg": "fine", "levelno": logging.INFO}))
+        text = f"{number} \x1b[2J\x9b2J\nTraceback"
+        log.emit(logging.makeLogRecord({"msg": text, "levelno": logging.WARNING}))
+    shown = [f"! {number} \\x1b[2J\\x9b2J" for number in (197, 198, 199)]
+    assert view.draw(URLS, WIDE, now=0)[1:] == shown
+
+
+async def test_an_exception_restores_the_terminal(
     view: View, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
@@ -144,20 +173,21 @@ async def test_warnings_show_in_the_view_and_every_ending_restores_the_terminal(
         written.append(text)
 
     monkeypatch.setattr(watch, "write", write)
-    monkeypatch.setattr(logging.root, "handlers", [])
-    monkeypatch.setattr(os, "isatty", lambda _: False)
-    with trio.move_on_after(1):
-        logging.getLogger("trio_server").warning("too early to be seen")
+
+    async def fail() -> None:
+        await trio.sleep(0.95)
+        raise ValueError("of another task")
+
+    async def show_until_it_fails() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(view.show, URLS)
-            await trio.sleep(0.25)
-            logging.getLogger("trio_server").error("\x1b[2J is what\nit says")
-            await trio.sleep_forever()
-    assert written[0] == ENTER
+            nursery.start_soon(fail)
+
+    with pytest.raises(ExceptionGroup):
+        await show_until_it_fails()
+    assert written[0].startswith(ENTER)
     assert written[-1] == LEAVE
-    assert written[-2].endswith("! \\x1b[2J is what\\nit says\x1b[J")
-    assert "early" not in "".join(written)
-    assert 10 <= len(written) <= 14  # ten a second
+    assert len(written) == 11  # ten a second
 
 
 class Terminal:
@@ -218,9 +248,9 @@ def terminal() -> Iterator[Terminal]:
 def start_in(terminal: Terminal, start: Start, *options: str, **settings: Any) -> Process:
     """Start the command as a shell would, in the terminal; the log goes to a file."""
     listen = ("--host", "127.0.0.1", "--port", "0")
-    prefix = (tool("setsid"), "--ctty")
-    outputs = {"stdin": terminal.slave, "stdout": terminal.slave, **settings}
-    return start("--watch", *listen, *options, prefix=prefix, **outputs)
+    ends = {"stdin": terminal.slave, "stdout": terminal.slave}
+    settings = {"prefix": (tool("setsid"), "--ctty"), **ends, **settings}
+    return start("--watch", *listen, *options, **settings)
 
 
 def address(terminal: Terminal) -> tuple[str, int]:
@@ -294,25 +324,32 @@ def test_two_interrupts_restore_the_terminal(terminal: Terminal, start: Start) -
     assert terminal.text.endswith(LEAVE)
 
 
-def test_ctrl_z_leaves_the_view_and_fg_comes_back(terminal: Terminal) -> None:
+def test_ctrl_z_bg_fg_and_ctrl_backslash_restore_the_terminal(terminal: Terminal) -> None:
     shell = [tool("setsid"), "--ctty", "sh", "-i"]
     ends: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.slave)
     with subprocess.Popen(shell, **ends, env={**os.environ, "PS1": "$ "}) as popen:
         try:
-            command = f"{sys.executable} -m trio_server --watch --port 0\n"
-            terminal.type(command.encode())
+            command = f"{sys.executable} -m trio_server --watch --port 0"
+            terminal.type(f"stty tostop; {command}\n".encode())
             terminal.wait_for(lambda screen: screen)
             terminal.type(b"\x1a")
             terminal.wait_for(lambda screen: not screen and "Stopped" in terminal.text)
+            terminal.type(b"bg\n")
+            time.sleep(0.5)
+            assert not terminal.screen  # The shell has the terminal.
             terminal.type(b"fg\n")
             terminal.wait_for(lambda screen: screen)
             terminal.type(b"\x03")
             terminal.wait_for(lambda screen: not screen and "stopped: 0" in terminal.text)
+            terminal.type(f"{command}\n".encode())
+            terminal.wait_for(lambda screen: screen)
+            terminal.type(b"\x1c")  # Ctrl-\\, which ends it at once
+            terminal.wait_for(lambda screen: not screen)
             terminal.type(b"exit\n")
-            assert popen.wait(10) == 0
+            popen.wait(10)
         finally:
             popen.kill()
-    assert terminal.text.count(ENTER) == terminal.text.count(LEAVE) == 2
+    assert terminal.text.count(ENTER) == terminal.text.count(LEAVE) == 3
 
 
 def test_a_terminal_that_is_held_does_not_stop_the_server(
@@ -326,9 +363,58 @@ def test_a_terminal_that_is_held_does_not_stop_the_server(
     assert process.stop(seconds=5) == 0
 
 
-def test_where_stdout_is_no_terminal_the_view_is_refused(start: Start) -> None:
-    process = start("--watch")
-    assert process.wait() == 2
-    assert process.stderr.endswith(
-        "error: --watch draws in a terminal: leave it out where stdout is a file or a pipe\n"
+def test_where_stdout_is_no_terminal_the_view_is_refused(terminal: Terminal, start: Start) -> None:
+    dumb = start_in(terminal, start, env={**os.environ, "TERM": "dumb"})
+    piped = start("--watch")
+    for process in (dumb, piped):
+        assert process.wait() == 2
+        assert process.stderr.endswith(
+            "error: --watch draws in a terminal: leave it out where stdout is none\n"
+        )
+
+
+def test_warnings_of_a_view_in_the_same_terminal_come_after_it(
+    terminal: Terminal, start: Start
+) -> None:
+    prefix = ("sh", "-c", 'ulimit -n 40; exec "$@"', "sh", tool("setsid"), "--ctty")
+    process = start_in(
+        terminal,
+        start,
+        "--delay",
+        "0.3",
+        "--log-level",
+        "debug",
+        prefix=prefix,
+        stderr=terminal.slave,
     )
+    server = address(terminal)
+    process.freeze()
+    with ThreadPoolExecutor(60) as pool:
+        clients = [pool.submit(request, server) for _ in range(60)]
+        time.sleep(0.3)
+        process.thaw()
+        assert {one.result() for one in clients} == {"answered"}
+    terminal.wait_for(lambda screen: any("! " in line and "EMFILE" in line for line in screen))
+    process.kill(signal.SIGUSR1)
+    time.sleep(0.2)
+    assert process.stop() == 0
+    terminal.read()
+    view, _, after = terminal.text.rpartition(LEAVE)
+    assert "DEBUG" not in view
+    assert "since" not in view
+    assert "EMFILE" in after
+    assert "in flight; since" in after
+    assert "stopped: 60 answered" in after
+
+
+@pytest.mark.parametrize("device", ["/dev/tty", "/dev/stdout"])
+def test_other_names_of_the_same_terminal_are_known(
+    terminal: Terminal, start: Start, device: str
+) -> None:
+    prefix = (tool("setsid"), "--ctty", "sh", "-c", f'exec "$@" 2>{device}', "sh")
+    process = start_in(terminal, start, "--delay", "0", prefix=prefix)
+    client(address(terminal)).join()
+    terminal.wait_for(lambda screen: "── answered ──" in screen)
+    assert process.stop() == 0
+    terminal.read()
+    assert "INFO" not in terminal.text.rpartition(LEAVE)[0]

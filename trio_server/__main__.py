@@ -74,7 +74,7 @@ async def run(
 ) -> int:
     """Serve until a signal ends it; return the exit status."""
     shutdown = Shutdown()
-    connections = View(shutdown, options.delay) if options.watch else Connections()
+    connections = View(shutdown, options.delay, log) if options.watch else Connections()
     limit = options.max_concurrent
     limiter = None if limit is None else trio.CapacityLimiter(limit)
     handler = partial(

@@ -1,5 +1,6 @@
 """An account of connections: which are open, how the others ended, and a line about each."""
 
+import codecs
 import logging
 import re
 import time
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from trio_server.connection import Connection
 
 SHOWN = 60  # characters of a request that the log shows
+
+codecs.lookup("unicode_escape")  # Later there may be no open file left to import it with.
 
 logger: logging.Logger = logging.getLogger("trio_server")
 

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import math
+import os
 import socket
 import sys
 from contextlib import suppress
@@ -80,8 +81,9 @@ def parse_arguments() -> argparse.Namespace:
     option("--watch", action="store_true", help="draw what goes on in the terminal, as it goes on")
     option("--version", action="version", version=f"%(prog)s {trio_server.__version__}")
     options = parser.parse_args()
-    if options.watch and not (sys.stdout and sys.stdout.isatty()):
-        parser.error("--watch draws in a terminal: leave it out where stdout is a file or a pipe")
+    is_terminal = sys.stdout and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    if options.watch and not is_terminal:
+        parser.error("--watch draws in a terminal: leave it out where stdout is none")
     return options
 
 

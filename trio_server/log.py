@@ -10,6 +10,7 @@ import os
 import select
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from typing import TextIO
 
@@ -31,6 +32,8 @@ class Log(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
+        self.held = False  # Nothing is written meanwhile: another task draws where it would be.
+        self.warnings: deque[str] = deque(maxlen=3)  # the last ones
         self._lines: list[str] = []
         self._dropped = 0
         self._ended = trio.Event()
@@ -42,7 +45,9 @@ class Log(logging.Handler):
             self._dropped += 1
             return
         try:
-            self._lines.append(self.format(record))
+            self._lines.append(line := self.format(record))
+            if record.levelno >= logging.WARNING:
+                self.warnings.append(line)
         except Exception:  # noqa: BLE001 - as each handler of the standard library does it
             self.handleError(record)
 
@@ -61,6 +66,8 @@ class Log(logging.Handler):
             while self._lines or not self._ended.is_set():
                 with trio.move_on_after(INTERVAL):
                     await self._ended.wait()
+                if self.held:
+                    continue
                 text = "".join(f"{line}\n" for line in self._lines)
                 self._lines.clear()
                 if self._dropped:
@@ -71,6 +78,7 @@ class Log(logging.Handler):
 
     def end(self) -> None:
         """Write what is left within a second, then let `run` return."""
+        self.held = False
         self._ended.set()
         self._scope.deadline = trio.current_time() + LAST_SECOND
 

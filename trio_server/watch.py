@@ -12,31 +12,31 @@ import re
 import signal
 import sys
 from collections import deque
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from itertools import islice
-from logging.handlers import BufferingHandler
 
 import trio
 
 from trio_server.account import Connections, Outcome, first_line
 from trio_server.connection import Connection
-from trio_server.log import LAST_SECOND, write
+from trio_server.log import LAST_SECOND, Log, write
 from trio_server.shutdown import Shutdown
 
 INTERVAL = 0.1  # seconds between two looks
-PEER, REQUEST, BAR, SECONDS = 21, 16, 20, 10  # columns; a narrow terminal gets a shorter bar
+PEER, REQUEST, BAR, TIME = 21, 16, 20, 10  # columns; a narrow terminal gets less of the middle two
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the other screen, without a cursor
 ASCII = str.maketrans("█▌░·─…", "#=.|-~")  # for a locale without these
+DEV_TTY = os.makedev(5, 0)  # the name of each process's own terminal (tty(4))
 
 
 class View(Connections):
     """Connections that show themselves: the open ones, and those that were answered last."""
 
-    def __init__(self, shutdown: Shutdown, delay: float) -> None:
+    def __init__(self, shutdown: Shutdown, delay: float, log: Log) -> None:
         super().__init__()
-        self._shutdown, self._delay = shutdown, max(delay, 1e-9)  # It divides.
+        self._shutdown, self._delay, self._log = shutdown, max(delay, 1e-9), log  # It divides.
         self._answered: deque[Connection] = deque(maxlen=50)  # more than are shown
-        self._warnings = BufferingHandler(100)
 
     def end(self, connection: Connection) -> None:
         """Count a connection that has ended; remember it if it was answered."""
@@ -46,56 +46,58 @@ class View(Connections):
 
     async def show(self, urls: list[str]) -> None:
         """Show the view until cancelled, then leave the terminal as it was."""
-        self._warnings.setLevel(logging.WARNING)
-        if os.isatty(2) and os.ttyname(2) == os.ttyname(1):
-            for log in logging.root.handlers:
-                log.setLevel(logging.CRITICAL + 1)  # It would be drawn over.
-        logging.root.addHandler(self._warnings)
+        here = os.isatty(2) and os.fstat(2).st_rdev in {os.fstat(1).st_rdev, DEV_TTY}
+        self._log.setLevel(logging.WARNING if here else self._log.level)
         while True:
-            with trio.open_signal_receiver(signal.SIGTSTP) as suspensions:
-                try:
-                    await write(sys.stdout, ENTER)
-                    size, suspended = os.terminal_size((80, 24)), False
-                    while not suspended:
-                        with suppress(OSError):  # The terminal is gone: SIGHUP ends it all soon.
-                            size = os.get_terminal_size(1)
-                        lines = self.draw(urls, size, trio.current_time())
-                        await write(sys.stdout, frame(lines))
-                        with trio.move_on_after(INTERVAL):
-                            suspended = bool(await anext(suspensions))
-                finally:  # A terminal that is held (Ctrl-S) does not hold the end up.
-                    with trio.move_on_after(LAST_SECOND, shield=True):
-                        await write(sys.stdout, LEAVE)
-            signal.raise_signal(signal.SIGTSTP)  # Ctrl-Z: the process stops here, until `fg`.
+            self._log.held = here
+            with trio.open_signal_receiver(signal.SIGTSTP, signal.SIGQUIT) as signals:
+                number = await self._show_until(signals, urls)
+            signal.raise_signal(number)  # Ctrl-Z: the whole process stops here, until `fg`.
+
+    async def _show_until(self, signals: AsyncIterator[int], urls: list[str]) -> int:
+        size, shown, ours = os.terminal_size((80, 24)), False, True
+        try:
+            while True:
+                with suppress(OSError):  # No shell manages this terminal, or it is gone.
+                    size = os.get_terminal_size(1)
+                    ours = os.tcgetpgrp(1) == os.getpgrp()  # not after `bg`
+                if ours:
+                    text = frame(self.draw(urls, size, trio.current_time()))
+                    text, shown = text if shown else ENTER + text, True
+                    await write(sys.stdout, text)
+                with trio.move_on_after(INTERVAL):
+                    return await anext(signals)
+        finally:
+            with trio.move_on_after(LAST_SECOND, shield=True):  # It may be held (Ctrl-S).
+                await write(sys.stdout, LEAVE if shown else "")
+            self._log.held = False
 
     def draw(self, urls: list[str], size: tuple[int, int], now: float) -> list[str]:
         """Draw the lines for a terminal of so many columns and rows."""
         columns, rows = size[0] or 80, size[1] or 24  # Some terminals do not know theirs.
-        facts = [f"trio_server on {', '.join(urls)}"]
-        if self._shutdown.begun:
-            left = self._shutdown.grace_ends - now
-            facts.append("shutting down" + (f", {left:.0f} s left" if left < math.inf else ""))
-        facts += [f"{self.in_flight:,} in flight", f"{len(self.open) - self.in_flight:,} idle"]
+        left, in_flight = max(self._shutdown.grace_ends - now, 0), self.in_flight
+        facts = [f"{in_flight:,} in flight", f"{len(self.open) - in_flight:,} idle"]
         facts += [f"{self.outcomes[one]:,} {one.value}" for one in Outcome if self.outcomes[one]]
-
-        warnings = [record.getMessage() for record in self._warnings.buffer[-3:]]
-        below = [f"! {text.encode('unicode_escape').decode()}" for text in warnings]
-        answered = [*islice(self._answered, rows // 4)]
-        below += ["── answered ──"] * bool(answered) + [
-            self._row(o, columns, now) for o in answered
-        ]
-        room = max(rows - 1 - len(below), 0)
+        if self._shutdown.begun:
+            facts.insert(0, "shutting down" + (f", {left:.0f} s left" if left < math.inf else ""))
+        title = " · ".join([f"trio_server on {', '.join(urls)}", *facts])
+        title = title if len(title) < columns else " · ".join(facts)
+        below = [f"! {ascii(text.partition(chr(10))[0])[1:-1]}" for text in self._log.warnings]
+        answered = [self._row(one, columns, now) for one in islice(self._answered, rows // 4)]
+        below += ["── answered ──", *answered] if answered else []
+        room = rows - 1 - len(below)
         fitting = len(self.open) if len(self.open) <= room else max(room - 1, 0)
         lines = [self._row(connection, columns, now) for connection in islice(self.open, fitting)]
         if hidden := len(self.open) - fitting:
             lines.append(f"… and {hidden:,} more")
-        return [line[: columns - 1] for line in [" · ".join(facts), *lines, *below][:rows]]
+        return [line[: columns - 1] for line in [title, *lines, *below][:rows]]
 
     def _row(self, connection: Connection, columns: int, now: float) -> str:
         """Draw one connection: who it is, what it wants, how far it is."""
+        wide = max(min(REQUEST, columns - PEER - 4 - TIME), 1)
         request = first_line(connection.request)
-        request = request if len(request) <= REQUEST else request[: REQUEST - 1] + "…"
-        start = f"{connection.peer:{PEER}}  {request:{REQUEST}}  "
+        request = request if len(request) <= wide else request[: wide - 1] + "…"
+        start = f"{connection.peer:{PEER}}  {request:{wide}}  "
         if connection.received_at is None:
             return f"{start}connected, has sent nothing for {now - connection.accepted_at:.0f} s"
         if connection.replied_at is not None:
@@ -104,7 +106,7 @@ class View(Connections):
         if connection.started_at is None:
             return f"{start}waits for a permit, {now - connection.received_at:.1f} s"
         worked = now - connection.started_at
-        width = max(min(BAR, columns - len(start) - SECONDS), 0)
+        width = max(min(BAR, columns - len(start) - TIME), 0)
         full, half = divmod(int(2 * width * min(worked / self._delay, 1)), 2)
         return f"{start}{('█' * full + '▌' * half).ljust(width, '░')}  {worked:.1f} s"
 
