@@ -120,6 +120,15 @@ def test_a_link_points_at_what_it_says(text: str, path: str, number: str) -> Non
     assert text in (ROOT / path).read_text().splitlines()[int(number) - 1]
 
 
+def test_each_row_of_the_table_links_to_its_test() -> None:
+    lines = (ROOT / "tests/test_naive.py").read_text().splitlines()
+    numbers = [
+        int(number) for number in re.findall(r"\[test\]\(tests/test_naive.py#L(\d+)\)", README)
+    ]
+    starts = [number for number, line in enumerate(lines, 1) if line.startswith("def test_")]
+    assert sorted(numbers) == starts[1:]  # The first compares the texts.
+
+
 def test_links_to_files_and_sections() -> None:
     for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#(?!L\d)([^)]*))?", README):
         assert (ROOT / path).exists()
