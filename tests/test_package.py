@@ -84,7 +84,7 @@ def test_the_package_is_small() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
     core = ("responder.py", "connection.py", "shutdown.py", "server.py")
     assert sum(lines[name] for name in core) < 450
-    assert sum(lines.values()) < 1550
+    assert sum(lines.values()) < 1600
     assert lines["watch.py"] < 120
     long = {
         function.name

@@ -1,4 +1,4 @@
-"""What the README promises under its heading "What is promised", on real sockets."""
+"""That no request is lost, under load and among hostile clients, on real sockets."""
 
 import os
 import re

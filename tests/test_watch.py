@@ -168,7 +168,7 @@ async def test_an_exception_restores_the_terminal(
 ) -> None:
     written: list[str] = []
 
-    async def write(_: object, text: str) -> None:
+    async def write(_: object, text: str, __: object) -> None:
         await trio.lowlevel.checkpoint()
         written.append(text)
 

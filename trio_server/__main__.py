@@ -133,7 +133,10 @@ async def announce(connections: Connections, listeners: list[trio.SocketListener
     lines = [*(f"Listening on {url} (Ctrl-C stops)" for url in urls), BANNER]
     await write(sys.stdout, "".join(f"{line}\n" for line in lines))
     if isinstance(connections, View):
-        await connections.show(urls)
+        try:
+            await connections.show(urls)
+        except Exception:
+            logger.exception("the view has ended, and the server goes on")
 
 
 def report(connections: Connections, log: Log) -> None:

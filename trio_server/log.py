@@ -32,7 +32,7 @@ class Log(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = False  # Nothing is written meanwhile: another task draws where it would be.
+        self.held = False  # Another task draws there, so warnings wait, and the rest is dropped.
         self.warnings: deque[str] = deque(maxlen=3)  # the last ones
         self._lines: list[str] = []
         self._dropped = 0
@@ -41,6 +41,8 @@ class Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Put a record into the buffer."""
+        if self.held and record.levelno < logging.WARNING:
+            return
         if len(self._lines) >= BUFFER_SIZE:
             self._dropped += 1
             return
@@ -83,7 +85,9 @@ class Log(logging.Handler):
         self._scope.deadline = trio.current_time() + LAST_SECOND
 
 
-async def write(file: TextIO | None, text: str) -> None:
+async def write(
+    file: TextIO | None, text: str, limiter: trio.CapacityLimiter | None = None
+) -> None:
     """Write to stdout or stderr, in a thread that may be left behind if nobody reads.
 
     Nobody there, or a disk that is full, is no reason to stop serving.
@@ -92,11 +96,14 @@ async def write(file: TextIO | None, text: str) -> None:
         file: `sys.stdout` or `sys.stderr`: None if it was closed from the start. Then its
             descriptor may be another file by now.
         text: What to write.
+        limiter: With one of 1, what is written waits for what was abandoned before it.
     """
     if file is not None:
         data = text.encode(errors="backslashreplace")
         with suppress(RuntimeError):  # no thread can be started
-            await trio.to_thread.run_sync(_write, file.fileno(), data, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(
+                _write, file.fileno(), data, abandon_on_cancel=True, limiter=limiter
+            )
 
 
 def _write(descriptor: int, data: bytes) -> None:

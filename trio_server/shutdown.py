@@ -22,7 +22,8 @@ class Shutdown:
                 data = await stream.receive_some()
             if idle.cancelled_caught or not data:
                 break
-            await stream.send_all(data)
+            with trio.fail_after(30):
+                await stream.send_all(data)
     """
 
     def __init__(self) -> None:

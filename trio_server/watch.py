@@ -5,7 +5,6 @@ task runs before its next `await`, so all that it draws belongs to one moment.
 """
 
 import locale
-import logging
 import math
 import os
 import re
@@ -37,6 +36,7 @@ class View(Connections):
         super().__init__()
         self._shutdown, self._delay, self._log = shutdown, max(delay, 1e-9), log  # It divides.
         self._answered: deque[Connection] = deque(maxlen=50)  # more than are shown
+        self._one = trio.CapacityLimiter(1)  # so that what is written comes in order
 
     def end(self, connection: Connection) -> None:
         """Count a connection that has ended; remember it if it was answered."""
@@ -46,10 +46,8 @@ class View(Connections):
 
     async def show(self, urls: list[str]) -> None:
         """Show the view until cancelled, then leave the terminal as it was."""
-        here = os.isatty(2) and os.fstat(2).st_rdev in {os.fstat(1).st_rdev, DEV_TTY}
-        self._log.setLevel(logging.WARNING if here else self._log.level)
+        self._here = os.isatty(2) and os.fstat(2).st_rdev in {os.fstat(1).st_rdev, DEV_TTY}
         while True:
-            self._log.held = here
             with trio.open_signal_receiver(signal.SIGTSTP, signal.SIGQUIT) as signals:
                 number = await self._show_until(signals, urls)
             signal.raise_signal(number)  # Ctrl-Z: the whole process stops here, until `fg`.
@@ -61,15 +59,16 @@ class View(Connections):
                 with suppress(OSError):  # No shell manages this terminal, or it is gone.
                     size = os.get_terminal_size(1)
                     ours = os.tcgetpgrp(1) == os.getpgrp()  # not after `bg`
+                self._log.held = self._here and ours
                 if ours:
                     text = frame(self.draw(urls, size, trio.current_time()))
                     text, shown = text if shown else ENTER + text, True
-                    await write(sys.stdout, text)
+                    await write(sys.stdout, text, self._one)
                 with trio.move_on_after(INTERVAL):
                     return await anext(signals)
         finally:
             with trio.move_on_after(LAST_SECOND, shield=True):  # It may be held (Ctrl-S).
-                await write(sys.stdout, LEAVE if shown else "")
+                await write(sys.stdout, LEAVE if shown else "", self._one)
             self._log.held = False
 
     def draw(self, urls: list[str], size: tuple[int, int], now: float) -> list[str]:
