@@ -117,6 +117,9 @@ def test_a_client_resets(servers: Servers, pool: ThreadPoolExecutor) -> None:
     assert fifteen.process.wait() == 1
     assert "BrokenResourceError" in fifteen.process.stderr
     assert reset_beside_a_good_client(ours) == "answered"
+    assert ours.process.stop() == 0
+    assert "1 went away" in ours.process.stderr
+    assert "BrokenResourceError" not in ours.process.stderr
 
 
 def test_a_client_sends_more_than_is_read(servers: Servers) -> None:
