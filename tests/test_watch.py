@@ -20,6 +20,7 @@ import trio
 from process import Process, Start, request, tool
 
 from trio_server import watch
+from trio_server.__main__ import announce
 from trio_server.account import Outcome
 from trio_server.connection import Connection
 from trio_server.log import Log
@@ -190,6 +191,35 @@ async def test_an_exception_restores_the_terminal(
     assert len(written) == 11  # ten a second
 
 
+async def test_what_is_written_last_comes_last_although_a_write_before_it_is_slow(
+    view: View, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[bytes] = []
+
+    def write(_: int, data: bytes) -> None:
+        time.sleep(0.1 if ENTER.encode() in data else 0)
+        written.append(data)
+
+    monkeypatch.setattr("trio_server.log._write", write)
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+    with trio.move_on_after(0.01):
+        await view.show(URLS)
+    assert written[0].startswith(ENTER.encode())
+    assert written[1:] == [LEAVE.encode()]
+
+
+async def test_a_view_that_fails_does_not_end_the_server(
+    view: View, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(_: list[str]) -> None:
+        await trio.lowlevel.checkpoint()
+        raise OSError("no more files")
+
+    monkeypatch.setattr(view, "show", fail)
+    await announce(view, [])
+    assert "the view has ended, and the server goes on" in caplog.text
+
+
 class Terminal:
     """A pseudo-terminal, and what a program has drawn in it."""
 
@@ -307,7 +337,7 @@ def test_where_the_log_is_the_same_terminal_it_does_not_disturb_the_view(
     terminal.read()
     view, _, after = terminal.text.rpartition(LEAVE)
     assert "INFO" not in view
-    assert "stopped: 1 answered" in after
+    assert after.count("INFO") == after.count("INFO stopped: 1 answered") == 1
 
 
 def test_two_interrupts_restore_the_terminal(terminal: Terminal, start: Start) -> None:
@@ -329,18 +359,19 @@ def test_ctrl_z_bg_fg_and_ctrl_backslash_restore_the_terminal(terminal: Terminal
     ends: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.slave)
     with subprocess.Popen(shell, **ends, env={**os.environ, "PS1": "$ "}) as popen:
         try:
-            command = f"{sys.executable} -m trio_server --watch --port 0"
+            command = f"{sys.executable} -m trio_server --watch --delay 0 --port 0"
             terminal.type(f"stty tostop; {command}\n".encode())
-            terminal.wait_for(lambda screen: screen)
+            server = address(terminal)
             terminal.type(b"\x1a")
             terminal.wait_for(lambda screen: not screen and "Stopped" in terminal.text)
             terminal.type(b"bg\n")
             time.sleep(0.5)
+            assert request(server) == "answered"
             assert not terminal.screen  # The shell has the terminal.
             terminal.type(b"fg\n")
             terminal.wait_for(lambda screen: screen)
             terminal.type(b"\x03")
-            terminal.wait_for(lambda screen: not screen and "stopped: 0" in terminal.text)
+            terminal.wait_for(lambda screen: not screen and "stopped: 1" in terminal.text)
             terminal.type(f"{command}\n".encode())
             terminal.wait_for(lambda screen: screen)
             terminal.type(b"\x1c")  # Ctrl-\\, which ends it at once
