@@ -80,6 +80,7 @@ def test_handshakes_under_way_at_a_shutdown_are_answered_and_newcomers_ignored(
     assert not any(client.shaken for client in newcomers)
 
 
+@pytest.mark.parametrize("server", far.SERVER_ADDRESSES[:1], indirect=True)
 def test_a_handshake_that_never_ends_does_not_hold_a_shutdown_up(
     network: far.Network, server: Process, new_client: Callable[..., far.Client]
 ) -> None:

@@ -35,7 +35,7 @@ def test_requests_that_arrive_while_held_up_during_a_shutdown_are_answered(serve
     before = process.descriptors
     process.kill(signal.SIGTERM)
     process.wait_until(lambda: process.descriptors < before)  # Its listener is closed.
-    send_while_held_up(process, clients, CLOSING_TIME + 0.5)
+    send_while_held_up(process, clients, CLOSING_TIME + 0.2)
     assert process.wait() == 0
     assert "10 answered, 0 sent nothing, " in process.stderr
 
@@ -43,17 +43,17 @@ def test_requests_that_arrive_while_held_up_during_a_shutdown_are_answered(serve
 def test_requests_that_arrive_while_held_up_past_the_client_timeout_are_answered(
     serve: Start,
 ) -> None:
-    process = serve("--delay", "0.1", "--client-timeout", "1")
-    send_while_held_up(process, accepted(process, 50), 1.5)
+    process = serve("--delay", "0.1", "--client-timeout", "0.5")
+    send_while_held_up(process, accepted(process, 50), 0.7)
     assert process.stop() == 0
     assert "50 answered, 0 sent nothing, 0 went away, 0 timed out" in process.stderr
 
 
 def test_silent_clients_still_time_out_after_the_process_was_held_up(serve: Start) -> None:
-    process = serve("--client-timeout", "1")
+    process = serve("--client-timeout", "0.5")
     [client] = accepted(process, 1)
     process.freeze()
-    time.sleep(1.5)
+    time.sleep(0.7)
     process.thaw()
     with client:
         assert receive_all(client) == b""

@@ -132,7 +132,7 @@ def test_a_client_is_silent(servers: Servers) -> None:
     fifteen, ours = servers("--client-timeout", "0.3")
     with fifteen.connect() as client, ours.connect() as other:
         assert other.recv(1) == b""  # The server has closed the connection.
-        client.settimeout(1)
+        client.settimeout(0.6)
         with pytest.raises(TimeoutError):
             client.recv(1)
 
@@ -183,7 +183,7 @@ def test_it_is_stopped_with_clients_in_the_accept_queue(
         server.process.kill(signal.SIGTERM)
         return results(clients)
 
-    fifteen, ours = servers(text=text, prefix=few_files, delay=0.5)
+    fifteen, ours = servers(text=text, prefix=few_files, delay=0.3)
     assert stop_with_a_queue(fifteen) == ["answered", "lost"]
     assert fifteen.process.wait() == 0
     assert stop_with_a_queue(ours) == ["answered"]

@@ -198,7 +198,7 @@ def test_1000_hostile_clients_take_nothing_from_a_good_one(serve: Start) -> None
     process = serve("--delay", "0.5", "--client-timeout", "2", "--log-level", "debug")
     before = process.descriptors
     hostile = Path(__file__).with_name("hostile.py")
-    with subprocess.Popen([sys.executable, hostile, str(process.port), "3", "200"]) as mob:
+    with subprocess.Popen([sys.executable, hostile, str(process.port), "2", "200"]) as mob:
         process.wait_until(lambda: process.descriptors > before + 500)
         while mob.poll() is None:
             assert request(("127.0.0.1", process.port)) == "answered"
@@ -211,7 +211,7 @@ def test_1000_hostile_clients_take_nothing_from_a_good_one(serve: Start) -> None
     assert len(ended) == sum(map(int, re.findall(r"\d+", totals[0])))
 
 
-def test_30000_connections_leave_descriptors_and_memory_flat(serve: Start) -> None:
+def test_20000_connections_leave_descriptors_and_memory_flat(serve: Start) -> None:
     process = serve("--delay", "0")
     before = process.descriptors
 
@@ -229,10 +229,10 @@ def test_30000_connections_leave_descriptors_and_memory_flat(serve: Start) -> No
 
     # A new process grows for a while, in steps: its allocator's pools find their size. A leak
     # of 100 bytes a connection would be 2 % in each round, so a flat one shows that none is.
-    pages = [serve_many(20_000)]
+    pages = [serve_many(12_000)]
     while len(pages) == 1 or pages[-1] > pages[-2] * 1.01:
         assert len(pages) <= 4, pages
-        pages.append(serve_many(10_000))
+        pages.append(serve_many(8_000))
 
 
 BIG = 10_000_000  # bytes: more than the kernel's buffers take
@@ -315,7 +315,7 @@ async def test_neighbours_do_not_notice_faulty_responders() -> None:
 async def test_shutdown_with_a_connection_in_every_state() -> None:
     async def respond(request: bytes) -> bytes:
         if request == b"work":
-            await trio.sleep(1.2)
+            await trio.sleep(0.8)
         return bytes(BIG) if request == b"big" else REPLY
 
     shutdown, connections = Shutdown(), Connections()
@@ -339,7 +339,7 @@ async def test_shutdown_with_a_connection_in_every_state() -> None:
             await trio.sleep(0.01)
 
         started = trio.current_time()
-        shutdown.begin(3)
+        shutdown.begin(2)
 
         async def expect(client: trio.SocketStream, reply: bytes, earliest: float) -> None:
             assert await read_all(client) == reply
@@ -347,10 +347,10 @@ async def test_shutdown_with_a_connection_in_every_state() -> None:
 
         async with trio.open_nursery() as clients:
             clients.start_soon(expect, silent, b"", CLOSING_TIME)
-            clients.start_soon(expect, in_flight, REPLY, 1.1)
-            clients.start_soon(expect, waiting, REPLY, 1.2 + 1.1)
+            clients.start_soon(expect, in_flight, REPLY, 0.7)
+            clients.start_soon(expect, waiting, REPLY, 0.8 + 0.7)
     # The grace period ends for the one that does not take its reply.
-    assert trio.current_time() - started >= 3
+    assert trio.current_time() - started >= 2
     assert connections.outcomes == {
         Outcome.ANSWERED: 3,
         Outcome.SENT_NOTHING: 1,
@@ -361,7 +361,7 @@ async def test_shutdown_with_a_connection_in_every_state() -> None:
 
 
 def test_a_signal_with_a_connection_in_every_state(serve: Start) -> None:
-    process = serve("--delay", "1", "--max-concurrent", "1", "--log-level", "debug")
+    process = serve("--delay", "0.6", "--max-concurrent", "1", "--log-level", "debug")
 
     def connected(text: bytes) -> socket.socket:
         client = process.connect()

@@ -44,7 +44,7 @@ def silent_client(port: int) -> Iterator[None]:
     def connect() -> None:
         while not stop.wait(0.001):
             try:
-                with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+                with socket.create_connection(("127.0.0.1", port), timeout=2) as client:
                     client.recv(1)
             except OSError:
                 pass

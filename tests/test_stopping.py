@@ -212,8 +212,8 @@ def test_silent_clients_in_the_accept_queue_do_not_hold_a_shutdown_up(serve: Sta
 
 async def test_more_clients_in_the_accept_queue_than_files_are_all_answered(serve: Start) -> None:
     limited = ("sh", "-c", 'ulimit -n 80; exec "$@"', "sh")
-    # Five times as many as there is room for: 3.5 s, so no wait for two seconds would do.
-    process = serve("--delay", "0.7", prefix=limited)
+    # Four times as many as there is room for: 2.5 s, so no wait for two seconds would do.
+    process = serve("--delay", "0.5", prefix=limited)
     process.freeze()
     clients = [await trio.open_tcp_stream("127.0.0.1", process.port) for _ in range(300)]
     replies: Counter[bytes] = Counter()
@@ -237,7 +237,7 @@ def test_a_stopping_process_takes_nobody_from_its_successor(start: Start) -> Non
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def start_on_socket() -> Process:
-            process = activated(start, listener.fileno(), "--delay", "1", "--log-level", "debug")
+            process = activated(start, listener.fileno(), "--delay", "0.5", "--log-level", "debug")
             process.wait_for_banner()
             return process
 

@@ -299,12 +299,12 @@ def client(server: tuple[str, int]) -> threading.Thread:
 def test_three_clients_are_seen_at_work_and_ctrl_c_shows_the_shutdown(
     terminal: Terminal, start: Start
 ) -> None:
-    process = start_in(terminal, start, "--delay", "2")
+    process = start_in(terminal, start, "--delay", "1.5")
     server = address(terminal)
     clients = []
     for _ in range(3):
         clients.append(client(server))
-        time.sleep(0.3)
+        time.sleep(0.2)
     title, *rows = terminal.wait_for(lambda screen: len(screen) == 4)
     assert title.endswith(f"{server[1]} · 3 in flight · 0 idle")
     lengths = [row.count("█") for row in rows]
@@ -422,7 +422,7 @@ def test_warnings_of_a_view_in_the_same_terminal_come_after_it(
     process.freeze()
     with ThreadPoolExecutor(60) as pool:
         clients = [pool.submit(request, server) for _ in range(60)]
-        time.sleep(0.3)
+        time.sleep(0.2)
         process.thaw()
         assert {one.result() for one in clients} == {"answered"}
     terminal.wait_for(lambda screen: any("! " in line and "EMFILE" in line for line in screen))

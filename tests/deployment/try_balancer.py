@@ -23,7 +23,7 @@ SERVERS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")  # as in the files
 BALANCERS = {"HAProxy": 8080, "nginx, TCP": 8081, "nginx, HTTP": 8082}  # their ports, likewise
 
 CLIENTS = 20  # of each balancer
-PAUSE = 0.6  # seconds that a server is away, and then is there before the next one is stopped
+PAUSE = 0.5  # seconds that a server is away, and then is there before the next one is stopped
 LONG = 0.25  # seconds that a client waits because of a restart, and not of a busy machine
 
 
