@@ -59,7 +59,7 @@ async def serve_connection(  # noqa: PLR0913 - keyword-only, each with a default
                 async with limiter or nullcontext():
                     connection.started_at = trio.current_time()
                     reply = memoryview(await respond(request)).cast("B")  # or it is a TypeError
-            # A nursery may raise a failure and a cancellation in one group: the latter goes on.
+            # A failure and a cancellation may come in one group. The cancellation goes on.
             except* Exception:
                 connection.in_flight, connection.outcome = False, Outcome.FAILED
                 logger.exception("%s: the responder failed", connection.peer)

@@ -95,7 +95,7 @@ async def _serve(
     failures: list[Exception] = []
     with shutdown.grace_scope():
         # Accepting ends before the handlers do, so there are two nurseries: the inner one is
-        # cancelled to end the accept loops, leaving the outer one waits for the last handler.
+        # cancelled to end the accept loops; the outer block waits for the last handler.
         async with trio.open_nursery() as handlers, trio.open_nursery() as accept_loops:
             accept = partial(_accept, handler, handlers, shutdown, failures)
             for listener in listeners:
