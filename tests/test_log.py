@@ -230,7 +230,7 @@ async def test_with_a_full_buffer_the_count_and_what_was_asked_for_are_written_a
     monkeypatch.setattr(log_module, "BUFFER_SIZE", 3)
     log = Log()
     for number in range(10):
-        log.handle(logging.makeLogRecord({"msg": f"line {number}"}))
+        log.handle(logging.makeLogRecord({"msg": f"line {number}", "levelno": 20}))
     log.say("stopped")
     log.fail("trio-server: why")
     log.end()

@@ -134,7 +134,7 @@ async def test_a_shutdown_without_an_end_says_no_seconds(view: View, shutdown: S
 def test_no_colour_and_no_unicode_where_they_are_not_wanted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("NO_COLOR", "")
+    monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr("locale.getencoding", lambda: "UTF-8")
     assert frame(["·", "█▌░…"]) == "\x1b[H·\x1b[K\r\n█▌░…\x1b[J"
     monkeypatch.setattr("locale.getencoding", lambda: "ANSI_X3.4-1968")
@@ -299,7 +299,7 @@ def client(server: tuple[str, int]) -> threading.Thread:
 def test_three_clients_are_seen_at_work_and_ctrl_c_shows_the_shutdown(
     terminal: Terminal, start: Start
 ) -> None:
-    process = start_in(terminal, start, "--delay", "1.5")
+    process = start_in(terminal, start, "--delay", "2.5")
     server = address(terminal)
     clients = []
     for _ in range(3):
@@ -392,6 +392,8 @@ def test_a_terminal_that_is_held_does_not_stop_the_server(
     time.sleep(0.3)
     assert [request(server) for _ in range(20)] == ["answered"] * 20
     assert process.stop(seconds=5) == 0
+    assert terminal.screen == []
+    assert terminal.text.endswith(LEAVE)
 
 
 def test_where_stdout_is_no_terminal_the_view_is_refused(terminal: Terminal, start: Start) -> None:
@@ -438,11 +440,11 @@ def test_warnings_of_a_view_in_the_same_terminal_come_after_it(
     assert "stopped: 60 answered" in after
 
 
-@pytest.mark.parametrize("device", ["/dev/tty", "/dev/stdout"])
+@pytest.mark.parametrize("names", ["2>/dev/tty", "2>/dev/stdout", "2>&1 >/dev/tty"])
 def test_other_names_of_the_same_terminal_are_known(
-    terminal: Terminal, start: Start, device: str
+    terminal: Terminal, start: Start, names: str
 ) -> None:
-    prefix = (tool("setsid"), "--ctty", "sh", "-c", f'exec "$@" 2>{device}', "sh")
+    prefix = (tool("setsid"), "--ctty", "sh", "-c", f'exec "$@" {names}', "sh")
     process = start_in(terminal, start, "--delay", "0", prefix=prefix)
     client(address(terminal)).join()
     terminal.wait_for(lambda screen: "── answered ──" in screen)

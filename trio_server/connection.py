@@ -120,15 +120,15 @@ class Connection:
 
         A half-close says that nothing more will come, and still lets the client send.
         """
-        with trio.move_on_after(self.client_timeout) as wait:
+        with trio.move_on_after(self.client_timeout):
             await self.stream.send_all(reply)
             self.in_flight, self.outcome = False, Outcome.ANSWERED
             self.bytes_out, self.replied_at = reply.nbytes, trio.current_time()
             if isinstance(self.stream, trio.abc.HalfCloseableStream):
                 await self.stream.send_eof()
-        if wait.cancelled_caught:
+        if self.in_flight:  # The time was over before all of it was taken.
             self.in_flight, self.outcome = False, Outcome.TIMED_OUT
-        return not wait.cancelled_caught
+        return self.outcome is Outcome.ANSWERED
 
     async def drain(self) -> None:
         """Read what the client still sends, then close (RFC 9112, section 9.6).
@@ -169,5 +169,6 @@ class Connection:
             self.outcome = Outcome.CUT_OFF
         self.connections.end(self)
         if not self.closed:
+            self.closed = True
             await trio.aclose_forcefully(self.stream)
         return went_away

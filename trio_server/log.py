@@ -9,6 +9,7 @@ import logging
 import os
 import select
 import sys
+import termios
 import time
 from collections import deque
 from contextlib import suppress
@@ -17,6 +18,7 @@ from typing import TextIO
 import trio
 
 BUFFER_SIZE = 10_000  # lines, about a megabyte; a few seconds of a server that is busy
+HELD_SIZE = 100  # lines, while they cannot be written: what a person still reads afterwards
 INTERVAL = 0.1  # seconds between two writes: too short to notice, enough to write lines together
 LAST_SECOND = 1.0  # seconds that the last lines get, when the server has stopped
 
@@ -32,7 +34,8 @@ class Log(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = False  # Another task draws there, so warnings wait, and the rest is dropped.
+        # While another task draws there, warnings wait, and the rest is dropped.
+        self.held: bool = False
         self.warnings: deque[str] = deque(maxlen=3)  # the last ones
         self._lines: list[str] = []
         self._dropped = 0
@@ -41,14 +44,18 @@ class Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Put a record into the buffer."""
-        if self.held and record.levelno < logging.WARNING:
+        warns = record.levelno >= logging.WARNING
+        if self.held and not warns:
             return
-        if len(self._lines) >= BUFFER_SIZE:
-            self._dropped += 1
+        is_full = len(self._lines) >= (HELD_SIZE if self.held else BUFFER_SIZE)
+        self._dropped += is_full
+        if is_full and not warns:
             return
         try:
-            self._lines.append(line := self.format(record))
-            if record.levelno >= logging.WARNING:
+            line = self.format(record)
+            if not is_full:
+                self._lines.append(line)
+            if warns:
                 self.warnings.append(line)
         except Exception:  # noqa: BLE001 - as each handler of the standard library does it
             self.handleError(record)
@@ -104,6 +111,15 @@ async def write(
             await trio.to_thread.run_sync(
                 _write, file.fileno(), data, abandon_on_cancel=True, limiter=limiter
             )
+
+
+def resume() -> None:
+    """Undo a Ctrl-S in the terminal, so that what is written last arrives (tcflow(3))."""
+    with suppress(termios.error, OSError):
+        if os.tcgetpgrp(1) != os.getpgrp():
+            return  # The terminal is the shell's.
+        termios.tcflow(1, termios.TCOOFF)  # Without this, TCOON undoes no Ctrl-S.
+        termios.tcflow(1, termios.TCOON)
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -19,14 +19,14 @@ import trio
 
 from trio_server.account import Connections, Outcome, first_line
 from trio_server.connection import Connection
-from trio_server.log import LAST_SECOND, Log, write
+from trio_server.log import LAST_SECOND, Log, resume, write
 from trio_server.shutdown import Shutdown
 
 INTERVAL = 0.1  # seconds between two looks
 PEER, REQUEST, BAR, TIME = 21, 16, 20, 10  # columns; a narrow terminal gets less of the middle two
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the other screen, without a cursor
 ASCII = str.maketrans("█▌░·─…", "#=.|-~")  # for a locale without these
-DEV_TTY = os.makedev(5, 0)  # the name of each process's own terminal (tty(4))
+TTY = os.makedev(5, 0)  # the name of each process's own terminal (tty(4))
 
 
 class View(Connections):
@@ -46,7 +46,7 @@ class View(Connections):
 
     async def show(self, urls: list[str]) -> None:
         """Show the view until cancelled, then leave the terminal as it was."""
-        self._here = os.isatty(2) and os.fstat(2).st_rdev in {os.fstat(1).st_rdev, DEV_TTY}
+        self._here = os.isatty(2) and len({os.fstat(1).st_rdev, os.fstat(2).st_rdev} - {TTY}) <= 1
         while True:
             with trio.open_signal_receiver(signal.SIGTSTP, signal.SIGQUIT) as signals:
                 number = await self._show_until(signals, urls)
@@ -67,7 +67,8 @@ class View(Connections):
                 with trio.move_on_after(INTERVAL):
                     return await anext(signals)
         finally:
-            with trio.move_on_after(LAST_SECOND, shield=True):  # It may be held (Ctrl-S).
+            with trio.move_on_after(LAST_SECOND, shield=True):  # Perhaps nobody reads.
+                resume()
                 await write(sys.stdout, LEAVE if shown else "", self._one)
             self._log.held = False
 
@@ -113,6 +114,6 @@ class View(Connections):
 def frame(lines: list[str]) -> str:
     """Turn lines into what the terminal gets. Each replaces the old one, so nothing flickers."""
     text = "\x1b[H" + "\x1b[K\r\n".join(lines) + "\x1b[J"
-    if "NO_COLOR" not in os.environ:
+    if not os.environ.get("NO_COLOR"):
         text = re.sub("[█▌]+", "\x1b[32m\\g<0>\x1b[m", text)
     return text if locale.getencoding() == "UTF-8" else text.translate(ASCII)
