@@ -709,3 +709,14 @@ async def test_a_stream_that_cannot_be_half_closed_is_closed(
     await client.send_all(b"hi")
     assert await read_all(client) == REPLY
     assert await trial.end() == (Outcome.ANSWERED, DELAY)
+
+
+async def test_a_reply_that_was_sent_counts_though_the_half_close_takes_too_long(
+    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = memory_stream_pair()
+    monkeypatch.setattr(server, "send_eof", trio.sleep_forever)
+    trial = Trial(nursery, server, echo, client_timeout=1)
+    await client.send_all(b"hi")
+    await client.send_eof()
+    assert await trial.end() == (Outcome.ANSWERED, 1)

@@ -241,6 +241,33 @@ async def test_with_a_full_buffer_the_count_and_what_was_asked_for_are_written_a
     ]
 
 
+async def test_while_it_is_held_the_first_warnings_are_kept_and_the_last_ones_known(
+    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    async def write(_: object, text: str) -> None:
+        await trio.lowlevel.checkpoint()
+        written.extend(text.splitlines())
+
+    monkeypatch.setattr(log_module, "write", write)
+    log = Log()
+    log.held = True
+    nursery.start_soon(log.run)
+    for number in range(150):
+        for level in (logging.INFO, logging.WARNING):
+            log.handle(logging.makeLogRecord({"msg": f"line {number}", "levelno": level}))
+    await trio.sleep(10)
+    assert written == []
+    assert list(log.warnings) == ["line 147", "line 148", "line 149"]
+    log.end()
+    await trio.sleep(1)
+    assert written == [
+        *(f"line {number}" for number in range(100)),
+        "50 lines of this log were dropped",
+    ]
+
+
 def test_why_it_cannot_start_has_the_priority_of_an_error_in_the_journal() -> None:
     log = Log()
     log.setFormatter(JournalFormatter())
