@@ -76,7 +76,7 @@ def test_ten_restarts_under_load_lose_nothing(start: Start) -> None:
                 successor = start_next()
                 assert process.stop() == 0
                 process = successor
-                enough = results["answered"] + 100
+                enough = results["answered"] + 50
                 while results["answered"] < enough:
                     time.sleep(0.01)
         assert process.stop() == 0
