@@ -7,26 +7,22 @@ longest accept queue. The load comes from ab, of the package apache2-utils.
 
 import argparse
 import shutil
-import socket
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from measure import Crowd, Load, burst, crowd, hold, hurry
 from report import FULL, SMALL, Plan, Results, beyond, cell, print_report, say
 from servers import (
-    BACKLOG,
-    HOST,
     OURS,
     UVICORN,
     Kind,
     available,
     raise_file_limit,
     serving,
-    serving_inherited,
+    serving_together,
 )
 
 SPARE_FILES = 500
@@ -110,20 +106,14 @@ def many(kind: Kind, plan: Plan, folder: Path) -> Crowd:
         with serving(workers, plan.delay, folder) as server:
             time.sleep(STARTING_TIME)
             return crowd([server], plan.many, plan.delay)
-    with socket.create_server((HOST, 0), backlog=int(BACKLOG)) as listener, ExitStack() as stack:
-        servers = [
-            stack.enter_context(serving_inherited(listener, plan.delay, folder))
-            for _ in range(PROCESSES)
-        ]
+    with serving_together(PROCESSES, plan.delay, folder) as servers:
         return crowd(servers, plan.many, plan.delay)
 
 
 def share(processes: int, requests: int, folder: Path) -> Load:
     """Measure processes of our server that accept from one socket."""
-    with socket.create_server((HOST, 0), backlog=int(BACKLOG)) as listener, ExitStack() as stack:
-        for _ in range(processes):
-            stack.enter_context(serving_inherited(listener, 0, folder))
-        return burst(listener.getsockname()[1], requests)
+    with serving_together(processes, 0, folder) as servers:
+        return burst(servers[0].port, requests)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,6 +171,16 @@ def serving_inherited(listener: socket.socket, delay: float, folder: Path) -> It
     with running(command, folder, {}, stdin=listener.fileno()) as (process, log):
         wait_until(lambda: "Listening on " in log.read_text(), process, log)
         yield Running(process.pid, listener.getsockname()[1])
+
+
+@contextmanager
+def serving_together(processes: int, delay: float, folder: Path) -> Iterator[list[Running]]:
+    """Run several processes of our server that accept from one socket."""
+    with socket.create_server((HOST, 0), backlog=int(BACKLOG)) as listener, ExitStack() as stack:
+        yield [
+            stack.enter_context(serving_inherited(listener, delay, folder))
+            for _ in range(processes)
+        ]
 
 
 @contextmanager
