@@ -132,6 +132,11 @@ def free_port(host: str) -> int:
         return port
 
 
+def file_limit(number: int, *, soft: bool = False) -> tuple[str, ...]:
+    """Begin a command line whose rest runs with a limit of open files."""
+    return ("sh", "-c", f'ulimit {"-S " if soft else ""}-n {number}; exec "$@"', "sh")
+
+
 def receive_all(client: socket.socket) -> bytes:
     """Read to the end of file."""
     return b"".join(iter(lambda: client.recv(65536), b""))
@@ -146,15 +151,21 @@ def tool(name: str) -> str:
     return path
 
 
-def request(address: tuple[str, int]) -> str:
+def request(
+    address: tuple[str, int],
+    text: bytes = b"GET / HTTP/1.1\r\n\r\n",
+    *,
+    timeout: float = 20,
+    is_answer: Callable[[bytes], bool] = REPLY.__eq__,
+) -> str:
     """Be a client; return "answered" or what went wrong."""
     try:
-        with socket.create_connection(address, timeout=20) as client:
-            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        with socket.create_connection(address, timeout=timeout) as client:
+            client.sendall(text)
             reply = receive_all(client)
     except OSError as error:
         return repr(error)
-    return "answered" if reply == REPLY else f"got {reply!r}"
+    return "answered" if is_answer(reply) else f"got {reply!r}"
 
 
 @contextmanager

@@ -24,6 +24,19 @@ SLACK = 0.9  # seconds; a busy machine is late
 
 
 @pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is written, each time: without a thread, as these tests' clock is no real one."""
+    texts: list[str] = []
+
+    async def write(_: object, text: str) -> None:
+        await trio.lowlevel.checkpoint()
+        texts.append(text)
+
+    monkeypatch.setattr(log_module, "write", write)
+    return texts
+
+
+@pytest.fixture
 def stalled(tmp_path: Path) -> int:
     """Open a FIFO that nobody reads."""
     fifo = tmp_path / "fifo"
@@ -142,15 +155,8 @@ def test_of_the_complaints_at_the_file_limit_one_a_second_is_shown(
 
 
 async def test_what_has_gathered_is_written_at_once(
-    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    nursery: trio.Nursery, autojump_clock: MockClock, written: list[str]
 ) -> None:
-    written: list[str] = []
-
-    async def write(_: object, text: str) -> None:  # without a thread, as the clock is no real one
-        await trio.lowlevel.checkpoint()
-        written.append(text)
-
-    monkeypatch.setattr(log_module, "write", write)
     log = Log()
     nursery.start_soon(log.run)
     for number in range(500):
@@ -218,15 +224,8 @@ def test_a_stderr_that_somebody_has_made_non_blocking_gets_each_line(serve: Star
 
 
 async def test_with_a_full_buffer_the_count_and_what_was_asked_for_are_written_all_the_same(
-    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, written: list[str]
 ) -> None:
-    written: list[str] = []
-
-    async def write(_: object, text: str) -> None:
-        await trio.lowlevel.checkpoint()
-        written.extend(text.splitlines())
-
-    monkeypatch.setattr(log_module, "write", write)
     monkeypatch.setattr(log_module, "BUFFER_SIZE", 3)
     log = Log()
     for number in range(10):
@@ -235,22 +234,15 @@ async def test_with_a_full_buffer_the_count_and_what_was_asked_for_are_written_a
     log.fail("trio-server: why")
     log.end()
     await log.run()
-    assert written == [
+    assert "".join(written).splitlines() == [
         *("line 0", "line 1", "line 2", "stopped", "trio-server: why"),
         "7 lines of this log were dropped",
     ]
 
 
 async def test_while_it_is_held_the_first_warnings_are_kept_and_the_last_ones_known(
-    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    nursery: trio.Nursery, autojump_clock: MockClock, written: list[str]
 ) -> None:
-    written: list[str] = []
-
-    async def write(_: object, text: str) -> None:
-        await trio.lowlevel.checkpoint()
-        written.extend(text.splitlines())
-
-    monkeypatch.setattr(log_module, "write", write)
     log = Log()
     log.held = True
     nursery.start_soon(log.run)
@@ -262,7 +254,7 @@ async def test_while_it_is_held_the_first_warnings_are_kept_and_the_last_ones_kn
     assert list(log.warnings) == ["line 147", "line 148", "line 149"]
     log.end()
     await trio.sleep(1)
-    assert written == [
+    assert "".join(written).splitlines() == [
         *(f"line {number}" for number in range(100)),
         "50 lines of this log were dropped",
     ]

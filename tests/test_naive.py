@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from process import Process, Start, free_port, receive_all, tool
+from process import Process, Start, file_limit, free_port, receive_all, request, tool
 from streams import RESET_ON_CLOSE
 
 from trio_server.responder import REPLY
@@ -38,15 +38,10 @@ class Server:
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 
-    def ask(self, request: bytes = b"GET / HTTP/1.1\r\n\r\n", timeout: float = 10) -> str:
+    def ask(self, *text: bytes, timeout: float = 10) -> str:
         """Be a client; return "answered", or "lost"."""
-        try:
-            with self.connect() as client:
-                client.settimeout(timeout)
-                client.sendall(request)
-                return "answered" if receive_all(client) == REPLY else "lost"
-        except OSError:
-            return "lost"
+        outcome = request(("127.0.0.1", self.port), *text, timeout=timeout)
+        return "answered" if outcome == "answered" else "lost"
 
     def wait_until_accepted(self, number: int) -> None:
         """Wait until it has accepted so many clients: each is an open file."""
@@ -124,8 +119,8 @@ def test_a_client_resets(servers: Servers, pool: ThreadPoolExecutor) -> None:
 
 def test_a_client_sends_more_than_is_read(servers: Servers) -> None:
     fifteen, ours = servers()  # The client sends all of it, and then reads.
-    request = b"x" * 40_000_000
-    assert (fifteen.ask(request), ours.ask(request)) == ("lost", "answered")
+    text = b"x" * 40_000_000
+    assert (fifteen.ask(text), ours.ask(text)) == ("lost", "answered")
 
 
 def test_a_client_is_silent(servers: Servers) -> None:
@@ -175,7 +170,6 @@ def test_it_is_stopped_with_clients_in_the_accept_queue(
     servers: Servers, pool: ThreadPoolExecutor
 ) -> None:
     text = FIFTEEN_LINES.read_text().split("\ntrio.run")[0] + GRACEFUL
-    few_files = ("sh", "-c", 'ulimit -n 40; exec "$@"', "sh")  # The rest stays in the queue.
 
     def stop_with_a_queue(server: Server) -> list[str]:
         clients = [pool.submit(server.ask) for _ in range(80)]
@@ -183,7 +177,8 @@ def test_it_is_stopped_with_clients_in_the_accept_queue(
         server.process.kill(signal.SIGTERM)
         return results(clients)
 
-    fifteen, ours = servers(text=text, prefix=few_files, delay=0.6)
+    # With 40 files, half of the clients stay in the queue.
+    fifteen, ours = servers(text=text, prefix=file_limit(40), delay=0.6)
     assert stop_with_a_queue(fifteen) == ["answered", "lost"]
     assert fifteen.process.wait() == 0
     assert stop_with_a_queue(ours) == ["answered"]
@@ -211,8 +206,7 @@ def test_many_clients_come_at_once(servers: Servers) -> None:
 
 
 def test_there_are_more_clients_than_files(servers: Servers, pool: ThreadPoolExecutor) -> None:
-    limit = ("sh", "-c", 'ulimit -S -n 40; exec "$@"', "sh")
-    fifteen, ours = servers(prefix=limit, delay=0.6)
+    fifteen, ours = servers(prefix=file_limit(40, soft=True), delay=0.6)
     clients = [pool.submit(server.ask) for _ in range(50) for server in (fifteen, ours)]
     assert results(clients) == ["answered"]
     assert fifteen.process.stderr.count("Traceback") > 1

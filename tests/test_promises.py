@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from process import Process, Start, activated, hammering, receive_all, request, tool
+from process import Process, Start, activated, file_limit, hammering, receive_all, request, tool
 from streams import read_all
 
 from trio_server import Connections, Outcome, Shutdown, serve_connection, serve_tcp
@@ -161,8 +161,7 @@ def test_systemd_starts_it_on_the_first_connection_and_loses_nothing(start: Star
 
 
 async def test_1000_clients_at_once_with_a_limit_of_256_files(serve: Start) -> None:
-    limited = ("sh", "-c", 'ulimit -n 256; exec "$@"', "sh")
-    process = serve("--delay", "0.2", prefix=limited)
+    process = serve("--delay", "0.2", prefix=file_limit(256))
     before = process.descriptors
     started = time.monotonic()
     results: Counter[bytes] = Counter()
@@ -186,8 +185,7 @@ async def test_1000_clients_at_once_with_a_limit_of_256_files(serve: Start) -> N
 
 
 def test_the_file_limit_is_raised_and_said(serve: Start) -> None:
-    lowered = ("sh", "-c", 'ulimit -S -n 100; exec "$@"', "sh")
-    process = serve("--log-level", "debug", prefix=lowered)
+    process = serve("--log-level", "debug", prefix=file_limit(100, soft=True))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     process.wait_for_log(f"limit of open files: was 100, is {hard}\n")
     limits = Path(f"/proc/{process.popen.pid}/limits").read_text()

@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import trio
-from process import Process, Start, activated, receive_all
+from process import Process, Start, activated, file_limit, receive_all
 from streams import read_all
 
 from trio_server import Shutdown, accept_queue, serve_listeners, serve_tcp
@@ -211,9 +211,8 @@ def test_silent_clients_in_the_accept_queue_do_not_hold_a_shutdown_up(serve: Sta
 
 
 async def test_more_clients_in_the_accept_queue_than_files_are_all_answered(serve: Start) -> None:
-    limited = ("sh", "-c", 'ulimit -n 80; exec "$@"', "sh")
     # Four times as many as there is room for: 2.5 s, so no wait for two seconds would do.
-    process = serve("--delay", "0.5", prefix=limited)
+    process = serve("--delay", "0.5", prefix=file_limit(80))
     process.freeze()
     clients = [await trio.open_tcp_stream("127.0.0.1", process.port) for _ in range(300)]
     replies: Counter[bytes] = Counter()

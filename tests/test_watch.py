@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import pytest
 import trio
-from process import Process, Start, request, tool
+from process import Process, Start, file_limit, request, tool
 
 from trio_server import watch
 from trio_server.__main__ import announce
@@ -409,7 +409,7 @@ def test_where_stdout_is_no_terminal_the_view_is_refused(terminal: Terminal, sta
 def test_warnings_of_a_view_in_the_same_terminal_come_after_it(
     terminal: Terminal, start: Start
 ) -> None:
-    prefix = ("sh", "-c", 'ulimit -n 40; exec "$@"', "sh", tool("setsid"), "--ctty")
+    prefix = (*file_limit(40), tool("setsid"), "--ctty")
     process = start_in(
         terminal,
         start,

@@ -6,7 +6,6 @@ own, where the ports are free. It needs root, and the programs unshare, ip, hapr
 
 import argparse
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(FOLDER.parent))
-from process import Process, hammering, receive_all, tool  # noqa: E402 - it is in that folder
+from process import Process, hammering, request, tool  # noqa: E402 - it is in that folder
 
 SERVERS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")  # as in the files
 BALANCERS = {"HAProxy": 8080, "nginx, TCP": 8081, "nginx, HTTP": 8082}  # their ports, likewise
@@ -93,7 +92,7 @@ class Clients:
 
     def _ask(self, address: tuple[str, int]) -> str:
         begun = time.monotonic()
-        outcome = request(address)
+        outcome = ask(address)
         self._took.append(time.monotonic() - begun)
         return outcome
 
@@ -121,23 +120,21 @@ def balancing(folder: Path) -> Iterator[None]:
             process = stack.enter_context(subprocess.Popen(command, stdout=log, stderr=log))
             stack.callback(process.terminate)
         give_up = time.monotonic() + 10
-        while not all(request(("127.0.0.1", port)) == "answered" for port in BALANCERS.values()):
+        while not all(ask(("127.0.0.1", port)) == "answered" for port in BALANCERS.values()):
             if time.monotonic() > give_up:
                 raise RuntimeError((folder / "balancers.log").read_text())
             time.sleep(0.1)
         yield
 
 
-def request(address: tuple[str, int]) -> str:
-    """Be a client; return "answered" or what went wrong."""
-    try:
-        with socket.create_connection(address, timeout=20) as client:
-            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            reply = receive_all(client)
-    except OSError as error:
-        return repr(error)
-    complete = reply.startswith(b"HTTP/1.1 200 ") and reply.endswith(b"\r\n\r\nHello World!")
-    return "answered" if complete else f"got {reply[:60]!r}"
+def ask(address: tuple[str, int]) -> str:
+    """Be a client, of an HTTP proxy perhaps, which has header fields of its own."""
+    return request(address, b"GET / HTTP/1.0\r\n\r\n", is_answer=is_answer)
+
+
+def is_answer(reply: bytes) -> bool:
+    """Tell whether a reply is complete."""
+    return reply.startswith(b"HTTP/1.1 200 ") and reply.endswith(b"\r\n\r\nHello World!")
 
 
 if __name__ == "__main__":
