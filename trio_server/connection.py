@@ -14,7 +14,7 @@ from trio_server.addresses import peer_name
 from trio_server.shutdown import Shutdown, check_seconds
 
 Responder: TypeAlias = Callable[[bytes], Awaitable[bytes]]
-REQUEST_SIZE = 1024  # bytes; most requests fit. What follows is read after the reply, and dropped
+REQUEST_SIZE = 1024  # bytes; most requests fit. The rest is read after the reply, and dropped
 CLIENT_TIMEOUT = 30.0  # seconds; slow networks need a few, and nobody should be held for minutes
 LAST_LOOK = 0.005  # seconds; with 0, Trio would cancel the look before it receives
 DRAIN_SILENCE = 2.0  # seconds; Apache httpd waits as long for a silent client, nginx 5
