@@ -1,33 +1,58 @@
-"""A concurrent TCP server on Trio, and the graceful shutdown that Trio itself does not have.
+"""A graceful shutdown for servers on Trio, and the server of ``python -m trio_server``.
 
-Run it with ``python -m trio_server``, or build on it:
+* `serve_gracefully` runs one of Trio's servers, and ends it without losing a request.
+* `Shutdown` ends it: call `Shutdown.begin`.
+* `serve_connection` is a handler: one request and one reply, made by a responder.
+  `hello_world` is a responder.
+* `Account` counts connections: an `Exchange` for each, which ends with an `Outcome`.
 
-* `serve_tcp` and `serve_listeners` resemble Trio's. They take a ``shutdown``, log a handler's
-  exception instead of raising it, and own the nursery of the handlers.
-* `Shutdown` stops them: no more connections, idle clients get a second, all others may finish.
-* `serve_connection` is a handler for them: one request, one reply, made by a responder. An
-  `Outcome` is what came of it; `Connections` counts.
-* `hello_world` is the responder of the command.
+An echo server, which SIGTERM or Ctrl-C stops gracefully, and a second signal at once::
 
-Start a server with ``await nursery.start(partial(serve_tcp, handler, port, shutdown=shutdown))``.
-The package logs to the logger ``trio_server``.
+    import signal
+    from functools import partial
+    import trio
+    from trio_server import Shutdown, serve_gracefully
+
+    async def echo(stop, stream):
+        while not stop.begun:
+            with stop.move_on_after(30) as wait:  # for the client: 1 s, once the shutdown begins
+                data = await stream.receive_some()
+            if wait.cancelled_caught or not data:
+                break
+            await stream.send_all(data)  # Work, outside the block: a shutdown lets it finish.
+
+    async def stop_on_signals(stop):
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for _ in signals:
+                stop.begin(0 if stop.begun else 30)
+
+    async def main():
+        stop = Shutdown()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stop_on_signals, stop)
+            await serve_gracefully(partial(trio.serve_tcp, partial(echo, stop), 1729), stop)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+For TLS, the server is ``partial(trio.serve_ssl_over_tcp, handler, port, ssl_context)``.
 """
 
-from trio_server.account import Connections, Outcome
+from trio_server.account import Account, Exchange, Outcome
 from trio_server.connection import Responder, serve_connection
 from trio_server.responder import hello_world
-from trio_server.server import serve_listeners, serve_tcp
+from trio_server.server import serve_gracefully
 from trio_server.shutdown import Shutdown
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
 
 __all__ = [
-    "Connections",
+    "Account",
+    "Exchange",
     "Outcome",
     "Responder",
     "Shutdown",
     "hello_world",
     "serve_connection",
-    "serve_listeners",
-    "serve_tcp",
+    "serve_gracefully",
 ]

@@ -1,21 +1,15 @@
-"""An account of connections: which are open, how the others ended, and a line about each."""
+"""The books of a server: a record of each connection, and how many ended in which way."""
 
-import codecs
 import logging
-import re
+import math
 import time
-from collections import Counter
+from collections import Counter, deque
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import trio
 
-if TYPE_CHECKING:
-    from trio_server.connection import Connection
-
-SHOWN = 60  # characters of a request that the log shows
-
-codecs.lookup("unicode_escape")  # Later there may be no open file left to import it with.
+SHOWN = 60  # bytes of a request's first line that the log shows
 
 logger: logging.Logger = logging.getLogger("trio_server")
 
@@ -23,85 +17,95 @@ logger: logging.Logger = logging.getLogger("trio_server")
 class Outcome(Enum):
     """How a connection ended."""
 
-    ANSWERED = "answered"  # the whole reply was handed to the network
-    SENT_NOTHING = "sent nothing"  # the client closed, or a shutdown ended the wait for it
-    WENT_AWAY = "went away"  # the client reset the connection, perhaps after its reply
-    TIMED_OUT = "timed out"  # the client sent no request in its time, or did not take the reply
-    CUT_OFF = "cut off"  # the server was stopped before the request was answered
-    FAILED = "failed"  # the responder raised an exception, or returned no bytes
+    ANSWERED = "answered"  # The kernel accepted the whole reply, and the client did not reset.
+    SENT_NOTHING = "sent nothing"  # The client closed, or a shutdown ended the wait for it.
+    WENT_AWAY = "went away"  # The client reset the connection, perhaps after the reply.
+    TIMED_OUT = "timed out"  # The client sent no request in time, or did not read the reply.
+    CUT_OFF = "cut off"  # The server was stopped before it had answered.
+    FAILED = "failed"  # The responder raised an exception, or did not return bytes.
 
 
-class Connections:
-    """The connections of a server, or of several: pass it to `serve_connection`.
+@dataclass(eq=False, slots=True)
+class Exchange:
+    """What has happened on one connection so far, with times on Trio's clock in seconds."""
+
+    peer: str  # the address of the client
+    request: bytes = b""
+    outcome: Outcome = Outcome.CUT_OFF  # until the exchange earns a better one
+    reply_size: int = 0  # bytes, once all of them were sent
+    accepted_at: float = field(default_factory=trio.current_time)
+    received_at: float = math.nan  # until a request arrives
+    answered_at: float | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether there is a request that is neither answered nor failed yet."""
+        return bool(self.request) and self.outcome is Outcome.CUT_OFF
+
+    @property
+    def first_line(self) -> str:
+        r"""The start of the request, in which ``\x1b`` and its like replace unprintable bytes."""
+        line = self.request.lstrip(b"\r\n").partition(b"\n")[0]
+        return ascii(line.rstrip(b"\r")[:SHOWN])[2:-1]
+
+    def received(self, request: bytes) -> None:
+        """Note what was received: a request, or nothing if the client has closed."""
+        self.request, self.received_at = request, trio.current_time()
+
+    def answered(self, reply_size: int) -> None:
+        """Note that the whole reply was sent."""
+        self.outcome, self.reply_size = Outcome.ANSWERED, reply_size
+        self.answered_at = trio.current_time()
+
+    def __str__(self) -> str:
+        """Describe the exchange in one line, which the client cannot break into two."""
+        took = ""
+        if self.answered_at is not None:
+            took = f" in {self.answered_at - self.received_at:.3f} s"
+        elif self.request:
+            took = f" after {trio.current_time() - self.received_at:.3f} s"
+        return (
+            f"{self.peer} {self.outcome.value}{took}: {len(self.request)} bytes in, "
+            f"{self.reply_size} out, {self.first_line}"
+        )
+
+
+class Account:
+    """The connections of one server, or of several. Pass it to `serve_connection`.
 
     Attributes:
-        open: The open connections, oldest first. (A dictionary keeps its order; its values are
-            of no use.)
-        outcomes: How many have ended with each outcome.
+        open: The exchanges that go on now, oldest first. (A dictionary keeps their order; its
+            values mean nothing.)
+        ended: The last 50 exchanges that have ended, oldest first.
+        outcomes: How many exchanges have ended with each `Outcome`.
         since: When the count began, in seconds since the epoch.
     """
 
     def __init__(self) -> None:
-        self.open: dict[Connection, None] = {}
+        self.open: dict[Exchange, None] = {}
+        self.ended: deque[Exchange] = deque(maxlen=50)
         self.outcomes: Counter[Outcome] = Counter()
         self.since: float = time.time()
 
     @property
     def in_flight(self) -> int:
-        """How many requests were received whose reply has not been sent yet."""
-        return sum(connection.in_flight for connection in self.open)
+        """How many requests were received and are not answered yet."""
+        return sum(exchange.in_flight for exchange in self.open)
 
-    def begin(self, connection: "Connection") -> None:
-        """Add a connection."""
-        self.open[connection] = None
-        logger.debug("%s connected", connection.peer)
+    def begin(self, peer: str) -> Exchange:
+        """Record a new connection."""
+        exchange = Exchange(peer)
+        self.open[exchange] = None
+        return exchange
 
-    def end(self, connection: "Connection") -> None:
+    def end(self, exchange: Exchange) -> None:
         """Count a connection that has ended, and log a line about it."""
-        del self.open[connection]
-        self.outcomes[connection.outcome] += 1
+        del self.open[exchange]
+        self.ended.append(exchange)
+        self.outcomes[exchange.outcome] += 1
         # Health checks, port scans and a browser's spare connections send nothing.
-        level = logging.INFO if connection.bytes_in else logging.DEBUG
-        if logger.isEnabledFor(level):
-            logger.log(level, "%s", describe(connection))
+        logger.log(logging.INFO if exchange.request else logging.DEBUG, "%s", exchange)
 
     def totals(self) -> str:
-        """Write how many have ended with each outcome."""
+        """Return the number of exchanges that have ended with each outcome, as text."""
         return ", ".join(f"{self.outcomes[outcome]} {outcome.value}" for outcome in Outcome)
-
-    def status(self) -> str:
-        """Write what is going on now, and how connections have ended so far."""
-        ages = [
-            trio.current_time() - connection.received_at
-            for connection in self.open
-            if connection.in_flight and connection.received_at is not None
-        ]
-        waiting = sum(one.in_flight and one.started_at is None for one in self.open)
-        oldest = (
-            f" (the oldest for {max(ages):.1f} s, {waiting} wait for a permit)" if ages else ""
-        )
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
-        return (
-            f"{len(self.open)} open, {len(ages)} in flight{oldest}; since {since}: {self.totals()}"
-        )
-
-
-def describe(connection: "Connection") -> str:
-    """Write how a connection ended, in one line: a client cannot forge a second one."""
-    took = ""
-    if connection.received_at is not None:
-        preposition = "in" if connection.outcome is Outcome.ANSWERED else "after"
-        end = trio.current_time() if connection.replied_at is None else connection.replied_at
-        took = f" {preposition} {end - connection.received_at:.3f} s"
-    shown = first_line(connection.request)
-    return (
-        f"{connection.peer} {connection.outcome.value}{took}: {connection.bytes_in} bytes in, "
-        f"{connection.bytes_out} out{shown and ', '}{shown}"
-    )
-
-
-def first_line(request: bytes) -> str:
-    r"""Write the first line of a request, escaped so that it is harmless: ``\x1b``, ``\"``."""
-    line = request.lstrip(b"\r\n").partition(b"\n")[0].rstrip(b"\r")[:SHOWN]
-    escaped = line.decode("latin-1").encode("unicode_escape").decode()
-    return re.sub(r"""["']""", r"\\\g<0>", escaped)[:SHOWN]

@@ -3,7 +3,6 @@
 import trio
 
 DELAY = 4.0  # seconds of simulated work; long enough to see that clients overlap
-
 BODY = b"Hello World!"
 
 # RFC 9112: a status line, header fields, an empty line, the body; lines end in CR LF.
@@ -13,24 +12,16 @@ REPLY_HEAD = (
     b"HTTP/1.1 200 OK\r\n"
     b"Content-Type: text/plain; charset=utf-8\r\n"
     b"Content-Length: %d\r\n"
-    b"Connection: close\r\n"
-    b"\r\n"
+    b"Connection: close\r\n\r\n"
 ) % len(BODY)
-
 REPLY = REPLY_HEAD + BODY
 
 
 async def hello_world(request: bytes, *, delay: float = DELAY) -> bytes:
-    """Answer any request with ``Hello World!`` after ``delay`` seconds.
+    """Answer any request with ``Hello World!`` after ``delay`` seconds (0 or more).
 
-    Args:
-        request: What the client sent. A line typed into netcat gets the same reply as an HTTP
-            request. A HEAD request gets the header section only (RFC 9110, section 9.3.2).
-        delay: How long to sleep, in seconds, 0 or more. While this task sleeps, the other
-            tasks run; `time.sleep` would stop them all.
-
-    Returns:
-        A complete HTTP/1.1 response.
+    A line typed into netcat receives the same HTTP response as an HTTP request. A HEAD request
+    receives its header section only (RFC 9110, section 9.3.2).
     """
-    await trio.sleep(delay)
+    await trio.sleep(delay)  # Meanwhile other tasks run; `time.sleep` would stop them all.
     return REPLY_HEAD if request.startswith(b"HEAD ") else REPLY

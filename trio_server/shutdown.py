@@ -1,93 +1,99 @@
-"""Graceful shutdown: idle clients get a second, requests in flight the grace period."""
+"""Graceful shutdown: idle clients get one more second, requests in flight the grace period."""
 
 import math
-import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import trio
 
 GRACE_PERIOD = 30.0  # seconds; process managers kill after a while: Docker 10, systemd 90
-CLOSING_TIME = 1.0  # seconds; enough for a request on its way, too short to hold the server up
+IDLE_TIME = 1.0  # seconds; enough for a request that is on its way, too short to delay the end
 
 
 class Shutdown:
-    """The graceful shutdown of a server, or of several that stop together.
+    """The graceful shutdown of one server, or of several that stop together.
 
-    Pass it to `serve_tcp`, and call `begin` to stop: the server accepts nobody new, and returns
-    when its last handler has ended, or after the grace period. It cannot be undone.
-
-    A handler takes part so, with the wait for its client in the block, and never its work::
-
-        while not shutdown.begun:
-            with shutdown.move_on_after(30) as idle:  # a second, once the shutdown begins
-                data = await stream.receive_some()
-            if idle.cancelled_caught or not data:
-                break
-            with trio.fail_after(30):
-                await stream.send_all(data)
+    ``idle_time`` is the number of seconds that a wait in `move_on_after` may still take once the
+    shutdown has begun. A negative number or nan is a `ValueError`, as everywhere below.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, idle_time: float = IDLE_TIME) -> None:
+        check_seconds("idle_time", idle_time)
+        self._idle_time = idle_time
         self._begun = trio.Event()
-        self.grace_ends: float = math.inf  # on Trio's clock
-        # Weak sets: a cancel scope leaves by itself once neither a task nor Trio uses it any more.
-        self._waits: weakref.WeakSet[trio.CancelScope] = weakref.WeakSet()
-        self._servers: weakref.WeakSet[trio.CancelScope] = weakref.WeakSet()
+        self._grace_ends = math.inf
+        self._waits: set[trio.CancelScope] = set()
+        self._servers: set[trio.CancelScope] = set()
 
     @property
     def begun(self) -> bool:
         """Whether the shutdown has begun."""
         return self._begun.is_set()
 
+    @property
+    def grace_ends(self) -> float:
+        """The end of the grace period on Trio's clock; `math.inf` before the shutdown."""
+        return self._grace_ends
+
     async def wait(self) -> None:
         """Wait until the shutdown begins."""
         await self._begun.wait()
 
     def begin(self, grace_period: float = GRACE_PERIOD) -> None:
-        """Begin the shutdown, or shorten its grace period; return at once.
+        """Begin the shutdown and return at once. Handlers may run for ``grace_period`` seconds.
 
-        Args:
-            grace_period: Seconds from now until whatever still runs is cancelled: 0 for now,
-                `math.inf` for never.
+        Then they are cancelled: at once after 0 seconds, never after `math.inf`. Calling this
+        again can only shorten the time.
 
-        Raises:
-            ValueError: The grace period is negative or nan.
+        This is a `RuntimeError` outside Trio's thread. In another thread that Trio has started,
+        call ``trio.from_thread.run_sync(stop.begin)``. In any other thread, or in a handler of
+        `signal.signal`, call ``token.run_sync_soon(stop.begin)`` with a ``token`` that
+        `trio.lowlevel.current_trio_token` has returned.
         """
         check_seconds("grace_period", grace_period)
-        now = trio.current_time()
-        self.grace_ends = min(self.grace_ends, now + grace_period)
+        try:
+            now = trio.current_time()
+        except RuntimeError:
+            raise RuntimeError(
+                "begin was called outside Trio's thread: call trio.from_thread.run_sync(begin), "
+                "or token.run_sync_soon(begin) with a token of trio.lowlevel.current_trio_token()"
+            ) from None
         self._begun.set()
+        self._grace_ends = min(self._grace_ends, now + grace_period)
         for server in self._servers:
-            server.deadline = self.grace_ends
+            server.deadline = self._grace_ends
         for wait in self._waits:
-            wait.deadline = min(wait.deadline, now + CLOSING_TIME, self.grace_ends)
+            wait.deadline = min(wait.deadline, now + self._idle_time, self._grace_ends)
 
-    def move_on_after(self, seconds: float) -> trio.CancelScope:
-        """Limit a wait, like `trio.move_on_after`; once the shutdown has begun, to a second.
+    @contextmanager
+    def move_on_after(self, seconds: float) -> Iterator[trio.CancelScope]:
+        """Limit a wait for a client to ``seconds``, as `trio.move_on_after` does.
 
-        Args:
-            seconds: How long to wait, from now.
-
-        Returns:
-            A cancel scope for a ``with`` block: ``cancelled_caught`` if that was ended early.
-
-        Raises:
-            ValueError: The number of seconds is negative or nan.
+        A shutdown shortens it to the idle time, and to the end of the grace period. If the time
+        was over, the scope that the block receives has ``cancelled_caught``.
         """
         check_seconds("seconds", seconds)
-        if self.begun:
-            seconds = min(seconds, CLOSING_TIME)
-        wait = trio.CancelScope(deadline=trio.current_time() + seconds)
-        self._waits.add(wait)
-        return wait
+        limit = min(seconds, self._idle_time) if self.begun else seconds
+        deadline = min(trio.current_time() + limit, self._grace_ends)
+        with trio.CancelScope(deadline=deadline) as wait:
+            self._waits.add(wait)
+            try:
+                yield wait
+            finally:
+                self._waits.remove(wait)
 
-    def grace_scope(self) -> trio.CancelScope:
-        """Return the cancel scope for a whole server. It ends with the grace period."""
-        server = trio.CancelScope(deadline=self.grace_ends)
-        self._servers.add(server)
-        return server
+    @contextmanager
+    def grace_scope(self) -> Iterator[trio.CancelScope]:
+        """Cancel the block at the end of the grace period."""
+        with trio.CancelScope(deadline=self._grace_ends) as server:
+            self._servers.add(server)
+            try:
+                yield server
+            finally:
+                self._servers.remove(server)
 
 
 def check_seconds(name: str, value: float) -> None:
     """Raise a `ValueError` that names the argument, unless it is a length of time."""
     if not value >= 0:  # nan is not, either
-        raise ValueError(f"{name} is {value}: it has to be a number of seconds, 0 or more")
+        raise ValueError(f"{name} is {value}: it must be a number of seconds, 0 or more")
