@@ -1,157 +1,150 @@
-"""The log of the command, which never makes anybody wait.
+"""The log on stderr, which never delays the server.
 
-A reader of stderr may stop reading: a pager, Ctrl-S, a log driver that is held up. A plain
-handler then blocks at its next line, and with it the whole server. So here a line goes into a
-buffer, a task empties that, and only one of Trio's worker threads ever waits for the reader.
+A reader of stderr may stop reading: a pager, Ctrl-S, a log driver that hangs. A plain handler
+then blocks at its next line, and the whole server with it. Here a line goes into a buffer, and
+only one thread waits for the reader.
 """
 
 import logging
 import os
 import select
 import sys
-import termios
+import threading
 import time
 from collections import deque
 from contextlib import suppress
-from typing import TextIO
 
 import trio
 
-BUFFER_SIZE = 10_000  # lines, about a megabyte; a few seconds of a server that is busy
-HELD_SIZE = 100  # lines, while they cannot be written: what a person still reads afterwards
-INTERVAL = 0.1  # seconds between two writes: too short to notice, enough to write lines together
-LAST_SECOND = 1.0  # seconds that the last lines get, when the server has stopped
+BUFFER_SIZE = 10_000  # lines, about a megabyte; a few seconds of a busy server
+GATHERING_TIME = 0.1  # seconds, too short to notice; lines that come meanwhile share a write
+LAST_SECOND = 1.0  # seconds for the last lines, when the process ends
 
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # syslog(3)
 
+logger: logging.Logger = logging.getLogger("trio_server")
+
 
 class Log(logging.Handler):
-    """Writes the log to stderr, as long as somebody reads it.
+    """Writes lines to stderr in a thread of its own.
 
-    Lines that do not fit into the buffer are dropped and counted. The count is logged as soon as
-    there is room.
+    Lines that do not fit into the buffer are dropped, and their number is logged once the reader
+    goes on. If no thread can be started, lines are written at once, as long as the reader reads.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # While another task draws there, warnings wait, and the rest is dropped.
-        self.held: bool = False
-        self.warnings: deque[str] = deque(maxlen=3)  # the last ones
-        self._lines: list[str] = []
+        self._lines: deque[str] = deque()
         self._dropped = 0
-        self._ended = trio.Event()
-        self._scope = trio.CancelScope()
+        self._ready = threading.Event()  # There are lines to write.
+        self._ending = threading.Event()
+        self._thread: threading.Thread | None = threading.Thread(target=self._run, daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # The limit of processes is reached.
+            self._thread = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Put a record into the buffer."""
-        warns = record.levelno >= logging.WARNING
-        if self.held and not warns:
-            return
-        is_full = len(self._lines) >= (HELD_SIZE if self.held else BUFFER_SIZE)
-        self._dropped += is_full
-        if is_full and not warns:
+        """Put a record into the buffer, or drop it."""
+        if len(self._lines) >= BUFFER_SIZE:
+            self._dropped += 1
             return
         try:
-            line = self.format(record)
-            if not is_full:
-                self._lines.append(line)
-            if warns:
-                self.warnings.append(line)
-        except Exception:  # noqa: BLE001 - as each handler of the standard library does it
+            self._lines.append(self.format(record) + "\n")
+        except Exception:  # noqa: BLE001 - as each handler of the standard library does
             self.handleError(record)
+        if self._thread is None:
+            self._write_directly(seconds=0)
+        elif not self._ready.is_set():
+            self._ready.set()
 
-    def say(self, text: str, level: str = "INFO") -> None:
-        """Log a line, whatever the log level is and however full the buffer."""
-        self._lines.append(self.format(logging.makeLogRecord({"msg": text, "levelname": level})))
+    def close(self) -> None:
+        """Write what is left, for a second at most. The process is about to end."""
+        if not self._ending.is_set():
+            self._ending.set()
+            self._ready.set()
+            if self._thread is None:
+                self._write_directly(LAST_SECOND)
+            else:
+                self._thread.join(LAST_SECOND)
+        super().close()
 
-    def fail(self, sentence: str) -> None:
-        """Write the sentence that says why the process ends: for a person, so without a time."""
-        in_journal = isinstance(self.formatter, JournalFormatter)
-        self._lines.append(f"<{PRIORITIES['ERROR']}>{sentence}" if in_journal else sentence)
+    def _run(self) -> None:
+        """Write lines until the end, in the thread."""
+        while self._lines or not self._ending.is_set():
+            self._ready.wait()
+            self._ending.wait(GATHERING_TIME)
+            self._ready.clear()
+            write_all(2, "".join(self._lines.popleft() for _ in range(len(self._lines))))
+            if self._dropped:
+                number, self._dropped = self._dropped, 0
+                logger.warning("%d lines of this log were dropped: nothing read them", number)
 
-    async def run(self) -> None:
-        """Write what gathers in the buffer, until `end`."""
-        with self._scope:
-            while self._lines or not self._ended.is_set():
-                with trio.move_on_after(INTERVAL):
-                    await self._ended.wait()
-                if self.held:
-                    continue
-                text = "".join(f"{line}\n" for line in self._lines)
-                self._lines.clear()
-                if self._dropped:
-                    self.say(f"{self._dropped} lines of this log were dropped", "WARNING")
-                    self._dropped = 0
-                if text:
-                    await write(sys.stderr, text)
-
-    def end(self) -> None:
-        """Write what is left within a second, then let `run` return."""
-        self.held = False
-        self._ended.set()
-        self._scope.deadline = trio.current_time() + LAST_SECOND
-
-
-async def write(
-    file: TextIO | None, text: str, limiter: trio.CapacityLimiter | None = None
-) -> None:
-    """Write to stdout or stderr, in a thread that may be left behind if nobody reads.
-
-    Nobody there, or a disk that is full, is no reason to stop serving.
-
-    Args:
-        file: `sys.stdout` or `sys.stderr`: None if it was closed from the start. Then its
-            descriptor may be another file by now.
-        text: What to write.
-        limiter: With one of 1, what is written waits for what was abandoned before it.
-    """
-    if file is not None:
-        data = text.encode(errors="backslashreplace")
-        with suppress(RuntimeError):  # no thread can be started
-            await trio.to_thread.run_sync(
-                _write, file.fileno(), data, abandon_on_cancel=True, limiter=limiter
-            )
+    def _write_directly(self, seconds: float) -> None:
+        """Write lines while stderr has room for them, and wait for room for some seconds."""
+        end = time.monotonic() + seconds
+        while self._lines and select.select((), (2,), (), max(0, end - time.monotonic()))[1]:
+            write_all(2, self._lines.popleft())
 
 
-def resume() -> None:
-    """Undo a Ctrl-S in the terminal, so that what is written last arrives (tcflow(3))."""
-    with suppress(termios.error, OSError):
-        if os.tcgetpgrp(1) != os.getpgrp():
-            return  # The terminal is the shell's.
-        termios.tcflow(1, termios.TCOOFF)  # Without this, TCOON undoes no Ctrl-S.
-        termios.tcflow(1, termios.TCOON)
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    # Not through Python's file object, whose lock a thread that is stuck would keep at the exit.
+def write_all(descriptor: int, text: str) -> None:
+    """Write text to a descriptor. A full disk, or a reader that has gone, is no error."""
+    data = text.encode(errors="backslashreplace")
+    # Not through Python's file object: its lock would block the exit if this thread is stuck.
     with suppress(OSError):
         while data:
             try:
                 data = data[os.write(descriptor, data) :]
-            except BlockingIOError:  # Somebody else has made it non-blocking.
+            except BlockingIOError:  # Another program has made the descriptor non-blocking.
                 select.select((), (descriptor,), ())
 
 
+async def write_stdout(text: str, limiter: trio.CapacityLimiter | None = None) -> None:
+    """Write to stdout in a thread, which is abandoned if the reader has stopped reading.
+
+    With a ``CapacityLimiter(1)`` the writes stay in order, even after one was abandoned.
+    """
+    if sys.stdout is None:  # It was closed from the start: descriptor 1 may be another file.
+        return
+    try:
+        await trio.to_thread.run_sync(write_all, 1, text, abandon_on_cancel=True, limiter=limiter)
+    except RuntimeError:  # No thread can be started.
+        write_all(1, text)
+
+
+class TimeFormatter(logging.Formatter):
+    """Starts each line with the local time, which it formats once a second."""
+
+    _second = 0
+    _text = ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        """Return the time of a record."""
+        if int(record.created) != self._second:
+            self._second = int(record.created)
+            self._text = super().formatTime(record, datefmt)
+        return self._text
+
+
 class JournalFormatter(logging.Formatter):
-    """Puts the priority before each line, as the journal wants it (sd-daemon(3))."""
+    """Starts each line with its priority, as the journal expects it (sd-daemon(3))."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write a record, perhaps with a traceback, in lines."""
+        """Return a record, perhaps with a traceback, as lines."""
         prefix = f"<{PRIORITIES.get(record.levelname, 6)}>"
         return "\n".join(prefix + line for line in super().format(record).splitlines())
 
 
 class OncePerSecond(logging.Filter):
-    """Lets one record a second pass, without its traceback.
+    """Passes one record a second, without its traceback.
 
-    At the limit of open files Trio logs every failed `accept`, ten times a second for each
-    listener.
+    At the limit of open files Trio logs each `accept` that fails: ten a second for each listener.
     """
 
     _next = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Decide on a record."""
+        """Return whether to log this record."""
         now = time.monotonic()
         if now < self._next:
             return False
@@ -160,21 +153,21 @@ class OncePerSecond(logging.Filter):
         return True
 
 
-def set_up_logging(level: str) -> Log:
-    """Log from a level on; return the handler, whose `run` has to be running."""
-    log = Log()
+def set_up_logging(level: str) -> logging.Handler:
+    """Log to stderr from a level on. Return the handler, which has to be closed at the end."""
+    log = logging.NullHandler() if sys.stderr is None else Log()
     if _stderr_is_the_journal():
-        log.setFormatter(JournalFormatter())  # The journal knows the time.
+        log.setFormatter(JournalFormatter())  # The journal adds the time.
     else:
         text, times = "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"
-        log.setFormatter(logging.Formatter(text, times))
+        log.setFormatter(TimeFormatter(text, times))
     logging.basicConfig(handlers=[log], level=level.upper())
     logging.getLogger("trio.serve_listeners").addFilter(OncePerSecond())
     return log
 
 
 def _stderr_is_the_journal() -> bool:
-    """Tell whether stderr is what systemd has connected to the journal (systemd.exec(5))."""
+    """Return whether systemd has connected stderr to the journal (systemd.exec(5))."""
     try:
         stderr = os.fstat(2)
     except OSError:

@@ -1,81 +1,87 @@
-"""Signals: the first that asks to stop is graceful, the second is not; SIGUSR1 asks for news."""
+"""Signals: the first stops the server gracefully, the second at once; SIGUSR1 logs the status."""
 
 import logging
-import math
+import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
 import trio
 
-from trio_server.account import Connections
-from trio_server.activation import notify
+from trio_server.account import Account
+from trio_server.command.activation import notify
 from trio_server.shutdown import Shutdown
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STATUS_SIGNAL = signal.SIGUSR1
-
-ONE_STOP = 0.5  # seconds within which two signals are one stop: `uv run` delivers Ctrl-C twice
+ONE_STOP = 0.5  # seconds in which two signals are one stop: `uv run` delivers Ctrl-C twice
 
 logger: logging.Logger = logging.getLogger("trio_server")
 
 
-def default_until_ready() -> list[signal.Signals]:
-    """Let a signal end the process without a traceback, as long as there is nothing to stop.
+def exit_on_stop_signals() -> list[signal.Signals]:
+    """Let a stop signal end the process while there is nothing to stop. Return these signals.
 
-    Returns:
-        The signals that ask to stop. A signal that is ignored already stays so, and is not among
-        them: a script's job in the background, for example, or ``nohup``.
+    The kernel ignores a signal that has its default action if this is process 1 of a container,
+    so each signal gets a handler. One that was ignored from the start (`nohup`, a script's
+    background job) stays ignored, and is not returned.
     """
     stop_signals = [one for one in STOP_SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
     for one in stop_signals:
-        signal.signal(one, signal.SIG_DFL)
-    signal.signal(STATUS_SIGNAL, signal.SIG_IGN)
+        signal.signal(one, lambda number, _: os._exit(128 + number))  # as a shell reports it
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     return stop_signals
 
 
 @contextmanager
 def receive(stop_signals: list[signal.Signals]) -> Iterator[AsyncIterator[int]]:
-    """Receive these signals and SIGUSR1 in Trio; ignore them afterwards.
-
-    `trio.open_signal_receiver` would restore the default action, and a second signal that comes
-    just then would end a process that has answered everybody with the wrong exit status.
-    """
-    token = trio.lowlevel.current_trio_token()
-    send, received = trio.open_memory_channel[int](math.inf)
-    numbers = (*stop_signals, STATUS_SIGNAL)
-    try:
-        for one in numbers:
-            signal.signal(one, lambda number, _: token.run_sync_soon(send.send_nowait, number))
+    """Receive these signals and SIGUSR1 in the block, and ignore them after it."""
+    # Trio restores the handlers at the end. A signal that comes then must not end the process
+    # with another exit status, so ignoring is what it restores.
+    for one in stop_signals:
+        signal.signal(one, signal.SIG_IGN)
+    with trio.open_signal_receiver(*stop_signals, signal.SIGUSR1) as received:
         yield received
-    finally:
-        for one in numbers:
-            signal.signal(one, signal.SIG_IGN)
 
 
-async def obey(
+async def handle(
     received: AsyncIterator[int],
     shutdown: Shutdown,
-    connections: Connections,
-    say_status: Callable[[], None],
+    account: Account,
+    limiter: trio.CapacityLimiter,
     grace_period: float,
 ) -> None:
-    """Shut down gracefully on the first signal that asks to stop, at once on the second."""
+    """Begin the shutdown on the first stop signal, and end it on the second."""
     begun_at: float | None = None
     async for number in received:
         name = signal.Signals(number).name
-        if number == STATUS_SIGNAL:
-            say_status()
+        if number == signal.SIGUSR1:
+            text = status(account, limiter)
+            logger.info("%s", text)
+            notify(f"STATUS={text}")
         elif begun_at is None:
             begun_at = trio.current_time()
             notify("STOPPING=1")
             shutdown.begin(grace_period)
-            in_flight = connections.in_flight
-            patience = (
-                f", {in_flight} in flight may take up to {grace_period:g} s; "
-                "a second signal stops now"
+            logger.info(
+                "%s: shutting down; %d requests in flight have %g s to finish, "
+                "a second Ctrl-C or SIGTERM (after half a second) stops at once",
+                name,
+                account.in_flight,
+                grace_period,
             )
-            logger.info("%s: shutting down%s", name, patience if in_flight else "")
         elif trio.current_time() >= begun_at + ONE_STOP:
             shutdown.begin(0)
-            logger.info("%s: stopping now", name)
+            logger.info("%s: stopping at once", name)
+
+
+def status(account: Account, limiter: trio.CapacityLimiter) -> str:
+    """Return what goes on now, and how connections have ended so far."""
+    received = [exchange.received_at for exchange in account.open if exchange.in_flight]
+    oldest = f" (the oldest for {trio.current_time() - min(received):.1f} s)" if received else ""
+    waiting = limiter.statistics().tasks_waiting
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(account.since))
+    return (
+        f"{len(account.open)} open, {len(received)} in flight{oldest}, {waiting} waiting for "
+        f"--max-concurrent; since {since}: {account.totals()}"
+    )
