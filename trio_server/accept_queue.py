@@ -26,25 +26,26 @@ INSTRUCTIONS = (
 DROP_NEW_CONNECTIONS = array("B", b"".join(struct.pack("HBBI", *one) for one in INSTRUCTIONS))
 
 
-def accept_waiting(listener: trio.SocketListener, most: int) -> list[trio.SocketStream]:
-    """Accept up to ``most`` connections of the queue in order, without a checkpoint."""
-    streams: list[trio.SocketStream] = []
-    ours = listener.socket
-    if not any_waiting([ours]):  # This costs a tenth of an `accept` that fails.
-        return streams
-    # Trio's `accept` takes a scheduler pass for each connection. So look at the same socket as
-    # the standard library does.
-    plain = socket.socket(ours.family, ours.type, ours.proto, ours.fileno())
+def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.socket]:
+    """Accept up to ``most`` connections of the queue in order, without a checkpoint.
+
+    Trio's `accept` needs a scheduler pass for each. They are made into streams later, since a
+    client that opens connections fast would fill the queue meanwhile.
+    """
+    accepted: list[socket.socket] = []
+    if not any_waiting([listener]):  # This costs a tenth of an `accept` that fails.
+        return accepted
+    # The same socket, as the standard library sees it.
+    plain = socket.socket(listener.family, listener.type, listener.proto, listener.fileno())
     plain.settimeout(0)  # whatever `socket.setdefaulttimeout` says
     try:
-        while len(streams) < most:
-            accepted = trio.socket.from_stdlib_socket(plain.accept()[0])
-            streams.append(trio.SocketStream(accepted))
+        while len(accepted) < most:
+            accepted.append(plain.accept()[0])
     except OSError:
         pass  # The queue is empty. Any other error is left to Trio's next `accept`.
     finally:
         plain.detach()
-    return streams
+    return accepted
 
 
 def any_waiting(sockets: Iterable[trio.socket.SocketType]) -> bool:

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import math
+import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -126,7 +127,7 @@ class _HandlerStarter:
         self.accepted_at = -math.inf
         self.cut_off = 0  # handlers that were cancelled
         self._nursery = nursery
-        self._waiting: deque[Any] = deque()  # streams whose handler has not started
+        self._waiting: deque[Any] = deque()  # streams or sockets without a handler yet
 
     def start_soon(self, _: object, stream: trio.abc.AsyncResource, handler: Handler) -> None:
         """Accept all that wait in the accept queue, then start the handlers in batches.
@@ -142,7 +143,8 @@ class _HandlerStarter:
         self._waiting.append(stream)
         for listener in () if self.shared else self.listeners or ():
             if type(listener) is trio.SocketListener:
-                self._waiting += accept_waiting(listener, MOST_WAITING - len(self._waiting))
+                most = MOST_WAITING - len(self._waiting)
+                self._waiting += accept_waiting(listener.socket, most)
         if not starting:
             self._start_batch(handler)
             if self._waiting:
@@ -150,7 +152,10 @@ class _HandlerStarter:
 
     def _start_batch(self, handler: Handler) -> None:
         for _ in range(min(BATCH, len(self._waiting))):
-            self._nursery.start_soon(self._run, handler, self._waiting.popleft())
+            stream = self._waiting.popleft()
+            if isinstance(stream, socket.socket):
+                stream = trio.SocketStream(trio.socket.from_stdlib_socket(stream))
+            self._nursery.start_soon(self._run, handler, stream)
 
     async def _start_rest(self, handler: Handler) -> None:
         while self._waiting:
