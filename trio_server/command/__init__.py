@@ -97,10 +97,9 @@ async def run(
             try:
                 async with trio.open_nursery() as servers:
                     listeners = await start(handler, options, sockets, shutdown, servers)
-                    urls = [format_url(one.socket.getsockname()) for one in listeners]
-                    helpers.start_soon(announce, urls)
-                    if options.watch:
-                        helpers.start_soon(View(account, shutdown, urls, options.delay).show)
+                    opened = [one.socket for one in listeners if one.socket.fileno() >= 0]
+                    view = View(account, shutdown, options.delay) if options.watch else None
+                    helpers.start_soon(announce, opened, view)
             except* (OSError, trio.ClosedResourceError) as group:
                 failure = group.exceptions[0]
             helpers.cancel_scope.cancel()
@@ -147,8 +146,11 @@ async def start(
     return listeners
 
 
-async def announce(urls: list[str]) -> None:
-    """Report that the server accepts connections, to the process manager and on stdout."""
+async def announce(sockets: list[trio.socket.SocketType], view: View | None) -> None:
+    """Report that the server accepts connections: to the process manager, and on stdout."""
     notify("READY=1")
+    urls = [format_url(one.getsockname()) for one in sockets]
     lines = [*(f"Listening on {url} (Ctrl-C stops)" for url in urls), BANNER]
     await write_stdout("".join(f"{line}\n" for line in lines))
+    if view is not None:
+        await view.show(urls)

@@ -29,7 +29,7 @@ class Log(logging.Handler):
     """Writes lines to stderr in a thread of its own.
 
     Lines that do not fit into the buffer are dropped, and their number is logged once the reader
-    goes on. If no thread can be started, lines are written at once, as long as the reader reads.
+    goes on. If no thread can be started, a line is written at once, or dropped.
     """
 
     def __init__(self) -> None:
@@ -38,39 +38,32 @@ class Log(logging.Handler):
         self._dropped = 0
         self._ready = threading.Event()  # There are lines to write.
         self._ending = threading.Event()
-        self._thread: threading.Thread | None = threading.Thread(target=self._run, daemon=True)
-        try:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        with suppress(RuntimeError):  # The limit of processes is reached.
             self._thread.start()
-        except RuntimeError:  # The limit of processes is reached.
-            self._thread = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Put a record into the buffer, or drop it."""
-        if len(self._lines) >= BUFFER_SIZE:
+        line = self.format(record) + "\n"
+        if not self._thread.is_alive():
+            if select.select((), (2,), (), 0)[1]:  # The reader reads.
+                write_all(2, line)
+        elif len(self._lines) < BUFFER_SIZE:
+            self._lines.append(line)
+            if not self._ready.is_set():
+                self._ready.set()
+        else:
             self._dropped += 1
-            return
-        try:
-            self._lines.append(self.format(record) + "\n")
-        except Exception:  # noqa: BLE001 - as each handler of the standard library does
-            self.handleError(record)
-        if self._thread is None:
-            self._write_directly(seconds=0)
-        elif not self._ready.is_set():
-            self._ready.set()
 
     def close(self) -> None:
         """Write what is left, for a second at most. The process is about to end."""
-        if not self._ending.is_set():
+        if self._thread.is_alive() and not self._ending.is_set():
             self._ending.set()
             self._ready.set()
-            if self._thread is None:
-                self._write_directly(LAST_SECOND)
-            else:
-                self._thread.join(LAST_SECOND)
+            self._thread.join(LAST_SECOND)
         super().close()
 
     def _run(self) -> None:
-        """Write lines until the end, in the thread."""
         while self._lines or not self._ending.is_set():
             self._ready.wait()
             self._ending.wait(GATHERING_TIME)
@@ -79,12 +72,6 @@ class Log(logging.Handler):
             if self._dropped:
                 number, self._dropped = self._dropped, 0
                 logger.warning("%d lines of this log were dropped: nothing read them", number)
-
-    def _write_directly(self, seconds: float) -> None:
-        """Write lines while stderr has room for them, and wait for room for some seconds."""
-        end = time.monotonic() + seconds
-        while self._lines and select.select((), (2,), (), max(0, end - time.monotonic()))[1]:
-            write_all(2, self._lines.popleft())
 
 
 def write_all(descriptor: int, text: str) -> None:
@@ -113,10 +100,9 @@ async def write_stdout(text: str, limiter: trio.CapacityLimiter | None = None) -
 
 
 class TimeFormatter(logging.Formatter):
-    """Starts each line with the local time, which it formats once a second."""
+    """Formats the time of a line once a second."""
 
-    _second = 0
-    _text = ""
+    _second, _text = 0, ""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
         """Return the time of a record."""
@@ -138,7 +124,7 @@ class JournalFormatter(logging.Formatter):
 class OncePerSecond(logging.Filter):
     """Passes one record a second, without its traceback.
 
-    At the limit of open files Trio logs each `accept` that fails: ten a second for each listener.
+    At the limit of open files Trio logs ten failed `accept`s a second for each listener.
     """
 
     _next = 0.0

@@ -29,14 +29,12 @@ ASCII = str.maketrans("█▌░·─…", "#=.|-~")  # for a locale without the
 class View:
     """What the terminal shows of a server."""
 
-    def __init__(
-        self, account: Account, shutdown: Shutdown, urls: list[str], delay: float
-    ) -> None:
-        self.account, self.shutdown, self.urls = account, shutdown, urls
+    def __init__(self, account: Account, shutdown: Shutdown, delay: float) -> None:
+        self.account, self.shutdown = account, shutdown
         self.delay = max(delay, 1e-9)  # A bar divides by it.
         self.warnings: deque[logging.LogRecord] = deque(maxlen=100)
 
-    async def show(self) -> None:
+    async def show(self, urls: list[str]) -> None:
         """Draw until cancelled, then leave the terminal as it was."""
         in_order = trio.CapacityLimiter(1)
         size = os.terminal_size((80, 24))
@@ -46,7 +44,8 @@ class View:
                 while True:
                     with suppress(OSError):  # The terminal is gone.
                         size = os.get_terminal_size(1)
-                    await write_stdout(frame(self.draw(size, trio.current_time())), in_order)
+                    lines = self.draw(urls, size, trio.current_time())
+                    await write_stdout(frame(lines), in_order)
                     await trio.sleep(INTERVAL)
             except Exception:
                 logging.getLogger("trio_server").exception("the view failed; the server goes on")
@@ -54,7 +53,7 @@ class View:
                 with trio.move_on_after(LAST_SECOND, shield=True):  # The terminal may be stuck.
                     await write_stdout(LEAVE, in_order)
 
-    def draw(self, size: tuple[int, int], now: float) -> list[str]:
+    def draw(self, urls: list[str], size: tuple[int, int], now: float) -> list[str]:
         """Return the lines for a terminal of this many columns and rows."""
         columns, rows = size[0] or 80, size[1] or 24  # Some terminals do not know their size.
         account, exchanges = self.account, list(self.account.open)
@@ -64,7 +63,7 @@ class View:
         if self.shutdown.begun:
             left = max(self.shutdown.grace_ends - now, 0)
             facts.insert(0, "shutting down" + (f", {left:.0f} s left" if left < math.inf else ""))
-        title = " · ".join([f"trio_server on {', '.join(self.urls)}", *facts])
+        title = " · ".join([f"trio_server on {', '.join(urls)}", *facts])
         title = title if len(title) < columns else " · ".join(facts)
         below = [f"! {ascii(one.getMessage())[1:-1]}" for one in list(self.warnings)[-3:]]
         answered = [one for one in reversed(account.ended) if one.outcome is Outcome.ANSWERED]
