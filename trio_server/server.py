@@ -78,7 +78,7 @@ async def serve_gracefully(
     if starter.listeners is None:
         task_status.started([])
     if grace.cancelled_caught and starter.cut_off:
-        logger.warning("the grace period has ended: %d handlers were cancelled", starter.cut_off)
+        logger.warning("handlers cancelled at the end of the grace period: %d", starter.cut_off)
 
 
 async def _accept(

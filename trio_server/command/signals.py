@@ -64,11 +64,11 @@ async def handle(
             notify("STOPPING=1")
             shutdown.begin(grace_period)
             logger.info(
-                "%s: shutting down; %d requests in flight have %g s to finish, "
+                "%s: shutting down within %g s, requests in flight: %d; "
                 "a second Ctrl-C or SIGTERM (after half a second) stops at once",
                 name,
-                account.in_flight,
                 grace_period,
+                account.in_flight,
             )
         elif trio.current_time() >= begun_at + ONE_STOP:
             shutdown.begin(0)

@@ -1,0 +1,36 @@
+"""A server over TLS. At a shutdown it answers the clients that wait in the accept queue, too.
+
+Its first argument is a file with a certificate and its private key.
+"""
+
+import signal
+import ssl
+import sys
+from functools import partial
+
+import trio
+
+from trio_server import Shutdown, hello_world, serve_connection, serve_gracefully
+
+PORT = int(sys.argv[2]) if sys.argv[2:] else 1729
+stop = Shutdown()
+
+
+async def stop_on_signals() -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            stop.begin(0 if stop.begun else 30)
+
+
+async def main() -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(sys.argv[1])
+    respond = partial(hello_world, delay=1)  # A responder is an async function of bytes.
+    handler = partial(serve_connection, respond=respond, shutdown=stop)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stop_on_signals)
+        await serve_gracefully(partial(trio.serve_ssl_over_tcp, handler, PORT, context), stop)
+        nursery.cancel_scope.cancel()
+
+
+trio.run(main)
