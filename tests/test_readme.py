@@ -108,7 +108,7 @@ def test_each_function_that_the_tour_names_exists() -> None:
     assert tables
     for name in re.findall(r"`([A-Za-z_]+(?:\.[a-z_]+)?)`", here):
         owner, _, attribute = name.rpartition(".")
-        if owner == "Shutdown" or not owner:
+        if owner in {"", "Shutdown"}:
             assert re.search(rf"\b{attribute}\b", source), name
 
 

@@ -29,8 +29,8 @@ DROP_NEW_CONNECTIONS = array("B", b"".join(struct.pack("HBBI", *one) for one in 
 def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.socket]:
     """Accept up to ``most`` connections of the queue in order, without a checkpoint.
 
-    Trio's `accept` needs a scheduler pass for each. They are made into streams later, since a
-    client that opens connections fast would fill the queue meanwhile.
+    Trio's `accept` needs a scheduler pass for each. The caller makes streams of them later: if
+    this function did, a client that opens connections fast could fill the queue meanwhile.
     """
     accepted: list[socket.socket] = []
     if not any_waiting([listener]):  # This costs a tenth of an `accept` that fails.

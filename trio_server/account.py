@@ -44,7 +44,7 @@ class Exchange:
 
     @property
     def first_line(self) -> str:
-        r"""The start of the request, in which ``\x1b`` and its like replace unprintable bytes."""
+        r"""The start of the request. Unprintable bytes are escaped, as in ``\x1b``."""
         line = self.request.lstrip(b"\r\n").partition(b"\n")[0]
         return ascii(line.rstrip(b"\r")[:SHOWN])[2:-1]
 

@@ -15,10 +15,10 @@ from trio_server.accept_queue import accept_waiting, any_waiting, ignore_new_con
 from trio_server.connection import peer_name
 from trio_server.shutdown import Shutdown
 
-BATCH = 64  # handlers that start in one scheduler pass: accepting has its turn 4 ms later
+BATCH = 64  # handlers that start in one scheduler pass; the server accepts again after 4 ms
 MOST_WAITING = 10_000  # accepted connections that wait for their handler to start
 HANDSHAKE_TIME = 0.5  # seconds; with a round trip of 400 ms, 0 of 1,556 requests were lost
-EMPTYING_TIME = 1.0  # seconds, where nothing keeps new connections out of the accept queue
+EMPTYING_TIME = 1.0  # seconds at most, if the kernel cannot ignore new connections
 POLL_INTERVAL = 0.01  # seconds; polling the queue costs microseconds
 
 Handler: TypeAlias = Callable[[Any], Awaitable[object]]
@@ -40,20 +40,20 @@ async def serve_gracefully(
             handler is an async function of a stream, which is closed when the handler ends.
         shutdown: Ends the server: the connections in the accept queue are accepted, and the
             listeners are closed. The handlers may run until the grace period ends.
-        shared: Whether other processes accept from the same listeners (systemd, fork). They get
-            their share of the connections, and all that are in the accept queue at the end.
+        shared: Whether other processes accept from the same listeners (systemd, fork). Those
+            get their share of the connections, and all that this server leaves in the queue.
         task_status: `nursery.start` returns the listeners, or none if the shutdown came first.
 
     An `Exception` of a handler is logged to the logger ``trio_server``, and ends the connection,
     not the server. A handler that does not use `Shutdown.move_on_after` may keep its idle clients
-    until the grace period ends. Tell it of the end about 2 s after the shutdown has begun: new
-    connections have stopped by then. A handler that is shielded from cancellation is waited for.
+    until the grace period ends. Tell it to finish about 2 s after the shutdown has begun: by
+    then no new connections arrive. A handler that is shielded from cancellation is waited for.
     The path of a Unix socket is not removed.
 
     Raises:
         TypeError: ``server`` is not such a function.
-        OSError: The server could not start: its port is taken, for example. Or it could not go on
-            accepting: that begins the shutdown, and is raised when the handlers have ended.
+        OSError: The server could not start: its port is taken, for example. Or accepting
+            failed later: that begins the shutdown, and is raised when the handlers have ended.
     """
     try:
         inspect.signature(server).bind(handler_nursery=None, task_status=None)
@@ -94,7 +94,7 @@ async def _accept(
             starter.listeners = await accept_loops.start(partial(server, handler_nursery=starter))
             task_status.started(starter.listeners)
         await shutdown.wait()
-        # Of TLS, the transport has the socket. A listener in memory has none.
+        # With TLS, the transport has the socket. A listener in memory has no socket.
         transports = (getattr(one, "transport_listener", one) for one in starter.listeners or ())
         sockets = [one.socket for one in transports if isinstance(one, trio.SocketListener)]
         if not starter.shared:
@@ -159,7 +159,7 @@ class _HandlerStarter:
 
     async def _start_rest(self, handler: Handler) -> None:
         while self._waiting:
-            # Shielded: a cancelled server, too, starts each handler, which closes its stream.
+            # Shielded: even a cancelled server starts each handler, so that its stream is closed.
             await trio.lowlevel.cancel_shielded_checkpoint()
             self._start_batch(handler)
 

@@ -14,7 +14,7 @@ class Shutdown:
     """The graceful shutdown of one server, or of several that stop together.
 
     ``idle_time`` is the number of seconds that a wait in `move_on_after` may still take once the
-    shutdown has begun. A negative number or nan is a `ValueError`, as everywhere below.
+    shutdown has begun. A negative number or nan raises `ValueError`, here and below.
     """
 
     def __init__(self, idle_time: float = IDLE_TIME) -> None:
@@ -45,7 +45,7 @@ class Shutdown:
         Then they are cancelled: at once after 0 seconds, never after `math.inf`. Calling this
         again can only shorten the time.
 
-        This is a `RuntimeError` outside Trio's thread. In another thread that Trio has started,
+        Outside Trio's thread, this raises `RuntimeError`. In another thread that Trio has started,
         call ``trio.from_thread.run_sync(stop.begin)``. In any other thread, or in a handler of
         `signal.signal`, call ``token.run_sync_soon(stop.begin)`` with a ``token`` that
         `trio.lowlevel.current_trio_token` has returned.
@@ -70,7 +70,7 @@ class Shutdown:
         """Limit a wait for a client to ``seconds``, as `trio.move_on_after` does.
 
         A shutdown shortens it to the idle time, and to the end of the grace period. If the time
-        was over, the scope that the block receives has ``cancelled_caught``.
+        ran out, ``cancelled_caught`` of the scope is true.
         """
         check_seconds("seconds", seconds)
         limit = min(seconds, self._idle_time) if self.begun else seconds

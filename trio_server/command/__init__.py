@@ -31,7 +31,7 @@ from trio_server.shutdown import Shutdown
 
 COLLECTOR_THRESHOLDS = (1_000_000, 10, 10)
 """For `gc.set_threshold`: collect when a million more objects were made than freed. A connection
-needs some 35, so not even 20,000 at once start it. See ``tests/benchmark/collector.py``."""
+needs some 35, so even 20,000 at once do not trigger it. See ``tests/benchmark/collector.py``."""
 
 UNAVAILABLE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # bind(2): not an address of this machine
 BANNER = "Waiting for connection to be established"

@@ -19,7 +19,7 @@ async def resolve(host: str, port: int) -> list[str]:
         )
     except UnicodeError as error:  # It cannot be a name: `a..b`, or a label of 64 letters.
         raise trio.socket.gaierror(trio.socket.EAI_NONAME, "not a host name") from error
-    except RuntimeError as error:  # Only a name needs a thread: an old Docker, a full cgroup.
+    except RuntimeError as error:  # No thread can start: an old Docker, a full cgroup.
         advice = f"{error}; a numeric address, such as 127.0.0.1, needs none"
         raise trio.socket.gaierror(trio.socket.EAI_SYSTEM, advice) from error
     # A hosts file may name an address twice. The second listener would find it taken.

@@ -14,7 +14,7 @@ from trio_server.command.activation import notify
 from trio_server.shutdown import Shutdown
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ONE_STOP = 0.5  # seconds in which two signals are one stop: `uv run` delivers Ctrl-C twice
+ONE_STOP = 0.5  # seconds; two signals within them count as one: `uv run` delivers Ctrl-C twice
 
 logger: logging.Logger = logging.getLogger("trio_server")
 
@@ -51,7 +51,7 @@ async def handle(
     limiter: trio.CapacityLimiter,
     grace_period: float,
 ) -> None:
-    """Begin the shutdown on the first stop signal, and end it on the second."""
+    """Begin the shutdown on the first stop signal, and cut it short on the second."""
     begun_at: float | None = None
     async for number in received:
         name = signal.Signals(number).name
