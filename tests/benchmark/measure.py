@@ -19,32 +19,31 @@ CLIENTS = 64
 """Connections at once when the rate is measured: enough to keep a server busy all the time."""
 
 AB_TIMEOUT = 90.0
-"""Seconds until ab is ended and its requests count as failed: several times what a server
-needs that answers 1,000 requests a second."""
+"""Seconds until ab is killed and its requests count as failed. A server that answers 1,000
+requests per second needs a quarter of this time."""
 
-LOOKS = 20
-"""How often in a delay to look at the descriptors of a server. Counting 10,000 of them takes
-milliseconds of a core, so not more often."""
+SAMPLES = 20
+"""How often per delay the open files of a server are counted. Counting 10,000 of them costs
+milliseconds of a core, so they are not counted more often."""
 
 PAGE = os.sysconf("SC_PAGE_SIZE")  # bytes
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds
 
-
 CROWD_LOADS = 4
-"""How many ab make a crowd."""
+"""How many ab make the connections of a crowd."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What ab says about its requests. Where some failed, there are no times and no rate.
+    """What ab reports about its requests. If some failed, there are no times and no rate.
 
     Attributes:
-        requests: How many were to be made.
-        failures: How many of them were not answered, or not with a 200 and the right body.
-        rate: Requests a second.
+        requests: The number of requests.
+        failures: How many of them did not receive a 200 with the right body.
+        rate: Requests per second.
         p50: Seconds from connecting to the end of the reply, for the median request.
-        p99: Likewise, for the one that 99 % are not slower than.
-        longest: Likewise, for the slowest one.
+        p99: The same time, which 99 % of the requests do not exceed.
+        longest: The same time for the slowest request.
     """
 
     requests: int
@@ -56,14 +55,14 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Connections held at once.
+class AtOnce:
+    """Many connections at once.
 
     Attributes:
         load: What their clients saw.
-        memory: Bytes that each takes in the server; None if they were never held all at once.
-        dropped: How often the kernel found the accept queue full and let a client wait. It
-            tries again after a second, so this is where large times beyond the delay come from.
+        memory: Bytes of the server's memory per connection; None if they were never all open.
+        dropped: How often the kernel found the accept queue full and ignored a client. The
+            client tries again a second later, which explains large times.
     """
 
     load: Load
@@ -73,11 +72,11 @@ class Held:
 
 @dataclass(frozen=True)
 class Rate:
-    """Connections as many as possible.
+    """As many connections per second as the server can answer.
 
     Attributes:
         load: What their clients saw.
-        cpu: Seconds of processor time that each takes in the server, in user and system mode.
+        cpu: Seconds of the server's processor time per connection, in user and system mode.
     """
 
     load: Load
@@ -86,14 +85,13 @@ class Rate:
 
 @dataclass(frozen=True)
 class Crowd:
-    """More connections at once than one process may have.
+    """More connections at once than one process may open.
 
     Attributes:
         failures: How many requests failed.
-        p99: Seconds for the one that 99 % are not slower than, of the slowest ab; None if
-            some failed.
-        memory: Bytes of all the processes, at most.
-        cpu: Seconds of processor time for each connection.
+        p99: The largest `Load.p99` of all ab; None if some requests failed.
+        memory: The most bytes that all processes used together.
+        cpu: Seconds of processor time per connection.
     """
 
     failures: int
@@ -102,60 +100,62 @@ class Crowd:
     cpu: float
 
 
-def hold(server: Running, connections: int, delay: float) -> Held:
-    """Make connections all at once to a fresh server that answers after ``delay`` seconds."""
-    # One more: ab makes its first request alone, and the others when that was answered.
+def connect_at_once(server: Running, connections: int, delay: float) -> AtOnce:
+    """Make connections all at once to a fresh server that works for ``delay`` seconds on each."""
+    # One more: ab makes its first request alone, and the others after the first reply.
     requests = connections + 1
-    resident_before, files_before = resident(server.pid), descriptors(server.pid)
-    looks = []
+    pid = server.process.pid
+    resident_before, files_before = resident(pid), descriptors(pid)
+    samples = []
     dropped_before = dropped()
     with ab(server.port, requests, connections) as client:
-        give_up = time.monotonic() + AB_TIMEOUT
-        while client.poll() is None and time.monotonic() < give_up:
-            # As many descriptors as connections: all were accepted, none was closed.
-            if descriptors(server.pid) >= files_before + connections:
-                looks.append((resident(server.pid) - resident_before) / connections)
-            time.sleep(delay / LOOKS)
-        load = report(client, requests, give_up)
-    # In the middle of that time all handlers had the time to start, and none to answer.
-    memory = None if load.failures or not looks else statistics.median(looks)
-    return Held(load, memory, dropped() - dropped_before)
+        deadline = time.monotonic() + AB_TIMEOUT
+        while client.poll() is None and time.monotonic() < deadline:
+            # With one open file per connection, all were accepted and none was closed.
+            if descriptors(pid) >= files_before + connections:
+                samples.append((resident(pid) - resident_before) / connections)
+            time.sleep(delay / SAMPLES)
+        load = report(client, requests, deadline)
+    # At the median sample all handlers have started, and none has answered.
+    memory = None if load.failures or not samples else statistics.median(samples)
+    return AtOnce(load, memory, dropped() - dropped_before)
 
 
-def hurry(server: Running, requests: int) -> Rate:
-    """Make requests as fast as a server without delay answers them."""
-    before = cpu_time(server.pid)
-    load = burst(server.port, requests)
-    cpu = (cpu_time(server.pid) - before) / requests
+def measure_rate(server: Running, requests: int) -> Rate:
+    """Make requests to a server without a delay; measure their rate and processor time."""
+    before = cpu_time(server.process.pid)
+    load = make_requests(server.port, requests)
+    cpu = (cpu_time(server.process.pid) - before) / requests
     return Rate(load, None if load.failures else cpu)
 
 
-def burst(port: int, requests: int) -> Load:
-    """Make requests as fast as whoever serves a port answers them."""
-    with ab(port, requests, CLIENTS) as client:
+def make_requests(port: int, requests: int, clients: int = CLIENTS) -> Load:
+    """Make requests as fast as the server answers them."""
+    with ab(port, requests, clients) as client:
         return report(client, requests, time.monotonic() + AB_TIMEOUT)
 
 
-def crowd(servers: Sequence[Running], connections: int, delay: float) -> Crowd:
+def connect_crowd(servers: Sequence[Running], connections: int, delay: float) -> Crowd:
     """Make connections all at once to processes that share a port.
 
-    Each of several ab has an address of its own, as one address has 28,000 ports, and one ab may
-    not have more than 20,000 connections.
+    Several ab make them, as one ab cannot make more than 20,000. Each has an address of its own,
+    as an address has only 28,000 ports.
     """
+    pids = [server.process.pid for server in servers]
     each = connections // CROWD_LOADS
-    cpu_before = sum(cpu_time(server.pid) for server in servers)
+    cpu_before = sum(map(cpu_time, pids))
     resident_most = 0
     with ExitStack() as stack:
         clients = [
             stack.enter_context(ab(servers[0].port, each + 1, each, f"127.0.0.{2 + number}"))
             for number in range(CROWD_LOADS)
         ]
-        give_up = time.monotonic() + AB_TIMEOUT
-        while any(client.poll() is None for client in clients) and time.monotonic() < give_up:
-            resident_most = max(resident_most, sum(resident(server.pid) for server in servers))
-            time.sleep(delay / LOOKS)
-        loads = [report(client, each + 1, give_up) for client in clients]
-    cpu = sum(cpu_time(server.pid) for server in servers) - cpu_before
+        deadline = time.monotonic() + AB_TIMEOUT
+        while any(client.poll() is None for client in clients) and time.monotonic() < deadline:
+            resident_most = max(resident_most, sum(map(resident, pids)))
+            time.sleep(delay / SAMPLES)
+        loads = [report(client, each + 1, deadline) for client in clients]
+    cpu = sum(map(cpu_time, pids)) - cpu_before
     p99s = [load.p99 for load in loads if load.p99 is not None]
     return Crowd(
         sum(load.failures for load in loads),
@@ -170,7 +170,7 @@ def ab(
     port: int, requests: int, clients: int, address: str = HOST
 ) -> Iterator[subprocess.Popen[str]]:
     """Run ab until the block ends."""
-    # -r: go on after an error, to count them. -q: no progress. -B: where it comes from.
+    # -r: continue after an error, to count the errors. -q: no progress. -B: the own address.
     numbers = ("-n", str(requests), "-c", str(clients))
     command = ("ab", "-r", "-q", "-B", address, *numbers, f"http://{HOST}:{port}/")
     with subprocess.Popen(
@@ -182,10 +182,10 @@ def ab(
             process.kill()
 
 
-def report(client: subprocess.Popen[str], requests: int, give_up: float) -> Load:
-    """Wait for ab, until a time of `time.monotonic`, and read what it says."""
+def report(client: subprocess.Popen[str], requests: int, deadline: float) -> Load:
+    """Wait for ab until the time ``deadline`` of `time.monotonic`, and read its report."""
     try:
-        text, _ = client.communicate(timeout=max(0, give_up - time.monotonic()))
+        text, _ = client.communicate(timeout=max(0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         return Load(requests, failures=requests)
     load = parse(text, requests)
@@ -206,10 +206,10 @@ def parse(text: str, requests: int) -> Load:
         return None if milliseconds is None else milliseconds / 1000
 
     transferred = number(r"^HTML transferred: +(\d+)")
-    if transferred is None:  # It gave up: after a while without an answer, for example.
+    if transferred is None:  # ab gave up, after a while without a reply, for example.
         completed = number(r"^Total of (\d+) requests completed") or 0
         return Load(requests, requests - int(completed))
-    # It takes the first body for the right one.
+    # ab compares each body with the first one.
     if number(r"^Document Length: +(\d+)") != len(BODY):
         return Load(requests, requests)
     # A bad reply may count as more than one failure; one without a body may count as none.
@@ -223,7 +223,7 @@ def parse(text: str, requests: int) -> Load:
 
 
 def dropped() -> int:
-    """Count what the kernel has dropped, since it started, as an accept queue was full."""
+    """Count how often an accept queue was full since the kernel started."""
     lines = (line.split() for line in Path("/proc/net/netstat").read_text().splitlines())
     for names, numbers in zip(lines, lines, strict=True):  # a line of names, one of numbers
         if "ListenOverflows" in names:

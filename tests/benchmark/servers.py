@@ -1,4 +1,4 @@
-"""How the servers of the benchmark are built, started, checked and ended."""
+"""How the servers of the benchmark are built, started, checked and stopped."""
 
 import importlib.util
 import os
@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 
 from trio_server.responder import BODY, REPLY
@@ -19,23 +20,37 @@ from trio_server.responder import BODY, REPLY
 HOST = "127.0.0.1"
 PEERS = Path(__file__).with_name("peers")
 
-START_TIMEOUT = 20.0  # seconds; the slowest needs one
-ANSWER_TIMEOUT = 10.0  # seconds; answered at once, or something is wrong
+START_TIMEOUT = 60.0  # seconds; the slowest needs one, and valgrind ten
+ANSWER_TIMEOUT = 10.0  # seconds; without a delay, a reply needs milliseconds
 END_TIMEOUT = 10.0  # seconds; a killed process with 19,000 sockets needs a moment
 BUILD_TIMEOUT = 120.0  # seconds; the first `go build` compiles its standard library
-LOOK_INTERVAL = 0.02  # seconds between two looks whether a server has started
+POLL_INTERVAL = 0.02  # seconds between two checks whether a server has started
 
 SETTLING_TIME = 0.1  # seconds from listening to being idle, before anything is measured
 
 LISTENING = "0A"  # the state of a socket in /proc/net/tcp
 
 BACKLOG = "65535"
-"""The accept queue that Trio asks for, and the kernel shortens to its maximum. All get the
-same: with defaults of 5 or 100, the benchmark would measure dropped connections."""
+"""The length of the accept queue that Trio asks for, and that the kernel shortens to its maximum.
+All servers ask for the same: with defaults of 5 or 100, connections would be dropped."""
 
 ACTIVATE = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&0 </dev/null'
 """A shell script that runs its arguments as a process manager does, see sd_listen_fds(3): its
 standard input, a listening socket, becomes descriptor 3."""
+
+
+class Figure(StrEnum):
+    """What can be measured of a server."""
+
+    STOP = "stop"  # requests lost when it is stopped under load
+    INSTRUCTIONS = "instructions"  # instructions per connection
+    RATE = "rate"  # requests per second, and processor time
+    AT_ONCE = "at-once"  # times and memory with many connections at once
+    SHARED = "shared"  # requests per second of two processes on one socket
+    MANY = "many"  # more connections at once than one process may open
+
+
+SPEED = frozenset({Figure.RATE, Figure.AT_ONCE})
 
 
 @dataclass(frozen=True)
@@ -46,45 +61,49 @@ class Kind:
         name: What the tables call it.
         command: Program and arguments; ``{port}`` and ``{delay}`` stand for the numbers. The
             environment has them too, as ``PORT`` and ``DELAY``, and the bytes of the ``REPLY``.
-        exact: Whether all of the reply is ours to choose. ASGI servers add a date and their
-            name, so of them only the status and the body are checked.
-        sleeps: Whether it can hold connections; the floor can not.
-        announcement: What its log says once it serves, where listening means too little:
-            Hypercorn listens before the process that is to serve has started.
+        figures: What is measured of it.
+        exact: Whether it sends exactly the bytes of our reply. ASGI servers add header fields,
+            so only the status and the body of their replies are checked.
+        announcement: What its log contains once it serves. Only hypercorn needs this: it listens
+            before the process that accepts connections has started.
     """
 
     name: str
     command: tuple[str, ...]
+    figures: frozenset[Figure] = SPEED
     exact: bool = True
-    sleeps: bool = True
     announcement: str = ""
 
 
 @dataclass(frozen=True)
 class Running:
-    """A server that accepts connections: its process and its port."""
+    """A server that accepts connections: its process, its port and its log."""
 
-    pid: int
+    process: subprocess.Popen[bytes]
     port: int
+    log: Path
 
 
 def ours(python: str, name: str = "trio_server") -> Kind:
-    """Our server on some Python."""
-    return Kind(
-        name, (python, "-m", "trio_server", f"--host={HOST}", "--port={port}", "--delay={delay}")
-    )
+    """Describe our server on some Python."""
+    options = (f"--host={HOST}", "--port={port}", "--delay={delay}")
+    return Kind(name, (python, "-m", "trio_server", *options))
 
 
-OURS = ours(sys.executable)
-FIFTEEN = Kind("fifteen lines", (sys.executable, "fifteen_lines.py", "{port}", "{delay}"))
+OURS = replace(ours(sys.executable), figures=frozenset(Figure))
+FIFTEEN = Kind(
+    "fifteen lines",
+    (sys.executable, "fifteen_lines.py", "{port}", "{delay}"),
+    SPEED | {Figure.STOP, Figure.INSTRUCTIONS},
+)
 UVICORN = "uvicorn"
 
 
 def raise_file_limit() -> int:
     """Raise the limit of open files for all that this process starts; return it.
 
-    With the usual limit of 1,024 the plain servers would fail: that would flatter ours, which
-    raises it itself.
+    With the usual limit of 1,024 the plain servers would fail. That would be unfair, as ours
+    raises the limit itself.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -92,11 +111,11 @@ def raise_file_limit() -> int:
 
 
 def available(folder: Path, pythons: Sequence[str]) -> tuple[list[Kind], list[str]]:
-    """Find out what this machine can run; compile what has to be, into ``folder``.
+    """Find out which servers this machine can run, and compile those that need it.
 
     Args:
         folder: Where the compiled programs go.
-        pythons: More Pythons, each with Trio, to run our server on.
+        pythons: Paths of more Pythons with Trio, to run our server on.
 
     Returns:
         The servers, ours first; and a sentence about each that is left out.
@@ -105,40 +124,66 @@ def available(folder: Path, pythons: Sequence[str]) -> tuple[list[Kind], list[st
         subprocess.check_output((python, "-V"), text=True, timeout=START_TIMEOUT).strip()
         for python in pythons
     ]
+    counted = SPEED | {Figure.INSTRUCTIONS}
     kinds = [
         OURS,
-        *(ours(python, f"… on {text}") for python, text in zip(pythons, versions, strict=True)),
+        *(
+            replace(ours(python, f"… on {text}"), figures=counted)
+            for python, text in zip(pythons, versions, strict=True)
+        ),
         FIFTEEN,
-        Kind("asyncio", (sys.executable, "asyncio_streams.py")),
-        Kind("threads", (sys.executable, "threads.py")),
+        Kind("asyncio", (sys.executable, "asyncio_streams.py"), counted | {Figure.STOP}),
+        Kind("threads", (sys.executable, "threads.py"), counted),
     ]
     left_out = []
-    backlog = ("--backlog", BACKLOG)
-    hypercorn = ("asgi:on_trio", "--worker-class", "trio", "--bind", HOST + ":{port}", *backlog)
-    uvicorn = ("asgi:on_asyncio", "--host", HOST, "--port", "{port}", *backlog)
-    for package, options, announcement in (
-        ("hypercorn", hypercorn, "Running on"),
-        (UVICORN, uvicorn, ""),
-    ):
+    for package, servers in (("hypercorn", hypercorn()), (UVICORN, [uvicorn()])):
         if importlib.util.find_spec(package):
-            command = (sys.executable, "-m", package, *options)
-            kinds.append(Kind(package, command, exact=False, announcement=announcement))
+            kinds += servers
         else:
             left_out.append(f"{package} is left out: it is not installed (`pip install .[bench]`)")
-
-    goroutines, floor = str(folder / "goroutines"), str(folder / "floor")
-    go = ("go", "build", "-o", goroutines, "goroutines.go")
-    cc = ("cc", "-O2", "-o", floor, "floor.c")
-    for kind, build in (
-        (Kind("Go", (goroutines,)), go),
-        (Kind("C floor", (floor,), sleeps=False), cc),
+    for name, source, command, figures in (
+        ("Go", "goroutines.go", ("go", "build", "-o"), SPEED),
+        ("Go net/http", "net_http.go", ("go", "build", "-o"), frozenset({Figure.STOP})),
+        ("C floor", "floor.c", ("cc", "-O2", "-o"), frozenset({Figure.RATE})),
     ):
-        if shutil.which(build[0]):
+        if shutil.which(command[0]):
+            program = str(folder / Path(source).stem)
+            build = (*command, program, source)
             subprocess.run(build, cwd=PEERS, check=True, timeout=BUILD_TIMEOUT)
-            kinds.append(kind)
+            kinds.append(Kind(name, (program,), figures))
         else:
-            left_out.append(f"{kind.name} is left out: there is no `{build[0]}`")
+            left_out.append(f"{name} is left out: `{command[0]}` is not installed")
     return kinds, left_out
+
+
+def hypercorn() -> list[Kind]:
+    """Describe hypercorn: its command, its Trio worker alone, and under `serve_gracefully`."""
+    options = ("--worker-class", "trio", "--bind", HOST + ":{port}", "--backlog", BACKLOG)
+    command = (sys.executable, "-m", "hypercorn", "asgi_app:on_trio", *options)
+    return [
+        Kind(
+            "hypercorn",
+            command,
+            SPEED | {Figure.STOP},
+            exact=False,
+            announcement="Running on",
+        ),
+        *(
+            Kind(name, (sys.executable, program), frozenset({Figure.STOP}), exact=False)
+            for name, program in (
+                ("hypercorn.trio.serve", "hypercorn_serve.py"),
+                ("hypercorn under serve_gracefully", "hypercorn_gracefully.py"),
+            )
+        ),
+    ]
+
+
+def uvicorn() -> Kind:
+    """Describe uvicorn."""
+    options = ("--host", HOST, "--port", "{port}", "--backlog", BACKLOG)
+    command = (sys.executable, "-m", "uvicorn", "asgi_app:on_asyncio", *options)
+    figures = SPEED | {Figure.STOP, Figure.INSTRUCTIONS, Figure.MANY}
+    return Kind(UVICORN, command, figures, exact=False)
 
 
 @contextmanager
@@ -146,9 +191,8 @@ def serving(kind: Kind, delay: float, folder: Path) -> Iterator[Running]:
     """Run a server on a fresh port, with its log in ``folder``, until the block ends.
 
     Args:
-        kind: Which one.
-        delay: Seconds of work for each request. With 0 the reply is checked first; otherwise
-            the check would take as long.
+        kind: Which server.
+        delay: Seconds of work for each request. With 0 the reply is checked first.
         folder: Where the log goes.
     """
     port = free_port()
@@ -160,7 +204,7 @@ def serving(kind: Kind, delay: float, folder: Path) -> Iterator[Running]:
         time.sleep(SETTLING_TIME)
         if delay == 0:
             check(kind, port)
-        yield Running(process.pid, port)
+        yield Running(process, port, log)
 
 
 @contextmanager
@@ -170,7 +214,7 @@ def serving_inherited(listener: socket.socket, delay: float, folder: Path) -> It
     command = ["sh", "-c", ACTIVATE, "sh", *server]
     with running(command, folder, {}, stdin=listener.fileno()) as (process, log):
         wait_until(lambda: "Listening on " in log.read_text(), process, log)
-        yield Running(process.pid, listener.getsockname()[1])
+        yield Running(process, listener.getsockname()[1], log)
 
 
 @contextmanager
@@ -190,7 +234,7 @@ def running(
     variables: dict[str, str],
     stdin: int = subprocess.DEVNULL,
 ) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """Run a program, with its outputs in a file, until the block ends; give it and the file."""
+    """Run a program until the block ends; yield its process and the file with its output."""
     log = folder / f"log-{time.monotonic_ns()}"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -213,15 +257,15 @@ def running(
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
     """Wait for a server to start; raise with its log if it does not."""
-    give_up = time.monotonic() + START_TIMEOUT
+    deadline = time.monotonic() + START_TIMEOUT
     while not condition():
-        if process.poll() is not None or time.monotonic() > give_up:
+        if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"{process.args!r} did not start: {log.read_text()}")
-        time.sleep(LOOK_INTERVAL)
+        time.sleep(POLL_INTERVAL)
 
 
 def free_port() -> int:
-    """Let the kernel pick a port that nothing uses, not even a connection that has ended."""
+    """Let the kernel choose a port that nothing uses, not even a connection that has ended."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -229,10 +273,9 @@ def free_port() -> int:
 
 
 def listens(port: int) -> bool:
-    """Tell whether somebody listens on a port.
+    """Return whether a socket listens on a port.
 
-    The kernel is asked, as a plain server would hold a connection made to find out for the
-    length of its delay, and it would be counted.
+    This asks the kernel. A connection to the port would be one more that the server works on.
     """
     with Path("/proc/net/tcp").open() as table:
         next(table)  # the header
@@ -246,11 +289,15 @@ def listens(port: int) -> bool:
 
 
 def check(kind: Kind, port: int) -> None:
-    """Raise unless the server gives the reply that all have to give."""
+    """Raise an error unless the server sends the reply that all servers have to send."""
     with socket.create_connection((HOST, port), timeout=ANSWER_TIMEOUT) as client:
         client.sendall(b"GET / HTTP/1.0\r\nHost: %b\r\n\r\n" % HOST.encode())  # as ab does
         reply = b"".join(iter(lambda: client.recv(1024), b""))
+    if not (reply == REPLY if kind.exact else is_right(reply)):
+        raise RuntimeError(f"{kind.name} sends a wrong reply: {reply!r}")
+
+
+def is_right(reply: bytes) -> bool:
+    """Return whether a reply arrived whole, with the right status and body."""
     head, _, body = reply.partition(b"\r\n\r\n")
-    right = reply == REPLY if kind.exact else head.startswith(b"HTTP/1.1 200 ") and body == BODY
-    if not right:
-        raise RuntimeError(f"{kind.name} gives a wrong reply: {reply!r}")
+    return head.startswith(b"HTTP/1.1 200 ") and body == BODY

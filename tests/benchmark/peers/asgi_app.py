@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
@@ -14,27 +13,25 @@ HEADERS = [
     (b"content-length", b"%d" % len(BODY)),
 ]
 
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 
-
-async def on_trio(scope: dict[str, Any], _receive: object, send: Send) -> None:
+async def on_trio(scope: Any, _receive: Any, send: Any) -> None:
     only_http(scope)
     await trio.sleep(DELAY)
     await reply(send)
 
 
-async def on_asyncio(scope: dict[str, Any], _receive: object, send: Send) -> None:
+async def on_asyncio(scope: Any, _receive: Any, send: Any) -> None:
     only_http(scope)
     await asyncio.sleep(DELAY)
     await reply(send)
 
 
-def only_http(scope: dict[str, Any]) -> None:
-    """Refuse the events of starting and stopping, as the specification wants it."""
+def only_http(scope: Any) -> None:
+    """Refuse the events of starting and stopping, as the specification allows."""
     if scope["type"] != "http":
         raise NotImplementedError(scope["type"])
 
 
-async def reply(send: Send) -> None:
+async def reply(send: Any) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
     await send({"type": "http.response.body", "body": BODY})
