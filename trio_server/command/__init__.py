@@ -99,7 +99,8 @@ async def run(
                     listeners = await start(handler, options, sockets, shutdown, servers)
                     opened = [one.socket for one in listeners if one.socket.fileno() >= 0]
                     view = View(account, shutdown, options.delay) if options.watch else None
-                    helpers.start_soon(announce, opened, view)
+                    if not shutdown.begun:
+                        helpers.start_soon(announce, opened, view)
             except* (OSError, trio.ClosedResourceError) as group:
                 failure = group.exceptions[0]
             helpers.cancel_scope.cancel()

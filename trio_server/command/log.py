@@ -69,9 +69,11 @@ class Log(logging.Handler):
             self._ending.wait(GATHERING_TIME)
             self._ready.clear()
             write_all(2, "".join(self._lines.popleft() for _ in range(len(self._lines))))
-            if self._dropped:
+            self.acquire()  # so that no line takes the place of the message
+            if self._dropped and len(self._lines) < BUFFER_SIZE:
                 number, self._dropped = self._dropped, 0
                 logger.warning("%d lines of this log were dropped: nothing read them", number)
+            self.release()
 
 
 def write_all(descriptor: int, text: str) -> None:
