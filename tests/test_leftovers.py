@@ -1,4 +1,4 @@
-"""What connections leave behind: nothing, so the garbage collector may look less often."""
+"""What connections leave behind: nothing, so the garbage collector may run less often."""
 
 import gc
 import socket
@@ -12,20 +12,19 @@ import trio.testing
 from process import Start
 from streams import RESET_ON_CLOSE
 
-from trio_server import Connections, Outcome, Shutdown, serve_connection, serve_tcp
-from trio_server.connection import Connection
+from trio_server import Account, Exchange, Outcome, Shutdown, serve_connection, serve_gracefully
 
-NUMBER = 20  # of connections in each state
+NUMBER = 20  # connections in each state
 
-# A request for each state, and how to tell that its connection is in it.
-STATES: dict[str, tuple[bytes, Callable[[Connection], bool]]] = {
-    "waiting for a request": (b"", lambda connection: not connection.in_flight),
-    "working": (b"work", lambda connection: connection.in_flight),
-    "replying": (b"big", lambda connection: connection.in_flight),
-    "draining": (b"hi", lambda connection: connection.outcome is Outcome.ANSWERED),
+# A request for each state, and a function that tells whether its exchange is in that state.
+STATES: dict[str, tuple[bytes, Callable[[Exchange], bool]]] = {
+    "waiting for a request": (b"", lambda exchange: not exchange.in_flight),
+    "working": (b"work", lambda exchange: exchange.in_flight),
+    "replying": (b"big", lambda exchange: exchange.in_flight),
+    "draining": (b"hi", lambda exchange: exchange.outcome is Outcome.ANSWERED),
 }
 
-# Runs the rest of the command line, up to where the server would start.
+# Runs the rest of the command line, but not the server.
 SHOW_COLLECTOR = """
 import gc, runpy, sys, trio
 trio.run = lambda *_: print(gc.get_threshold()[0], gc.get_freeze_count())
@@ -50,7 +49,7 @@ def connect(port: int, request: bytes) -> socket.socket:
 
 
 def exceptions_and_connections() -> int:
-    return sum(isinstance(one, BaseException | Connection) for one in gc.get_objects())
+    return sum(isinstance(one, BaseException | Exchange) for one in gc.get_objects())
 
 
 @pytest.mark.parametrize("state", ["in the accept queue", *STATES])
@@ -68,39 +67,38 @@ async def test_connections_that_are_reset_leave_nothing_and_no_cycles(
         nonlocal done
         done = trio.Event()
         request, reached = STATES.get(state, (b"", None))
-        ended = connections.outcomes.total()
+        ended = account.outcomes.total()
         clients = [connect(port, request) for _ in range(NUMBER)]
         if reached:
-            while len(connections.open) < NUMBER or not all(map(reached, connections.open)):
+            while len(account.open) < NUMBER or not all(map(reached, account.open)):
                 await trio.sleep(0.01)
         for client in clients:
             client.close()
         done.set()
-        while connections.outcomes.total() < ended + NUMBER:
+        while account.outcomes.total() < ended + NUMBER:
             await trio.sleep(0.01)
         await trio.testing.wait_all_tasks_blocked()
+        account.ended.clear()  # It holds the last 50 exchanges.
 
-    shutdown, connections = Shutdown(), Connections()
-    handler = partial(
-        serve_connection, respond=respond, shutdown=shutdown, connections=connections
-    )
+    shutdown, account = Shutdown(), Account()
+    handler = partial(serve_connection, respond=respond, shutdown=shutdown, account=account)
     async with trio.open_nursery() as nursery:
-        serve = partial(serve_tcp, handler, 0, host="127.0.0.1", shutdown=shutdown)
-        listeners = await nursery.start(serve)
+        server = partial(trio.serve_tcp, handler, 0, host="127.0.0.1")
+        listeners = await nursery.start(serve_gracefully, server, shutdown)
         port = listeners[0].socket.getsockname()[1]
         with trio.fail_after(20):
-            await reset_some()  # for what is there from the first time on
+            await reset_some()  # The first connections create what stays.
             gc.collect()
             before = exceptions_and_connections()
             await reset_some()
         assert exceptions_and_connections() == before
         assert gc.collect() < NUMBER  # objects
         shutdown.begin()
-    assert not connections.open
-    assert connections.outcomes == {Outcome.WENT_AWAY: 2 * NUMBER}
+    assert not account.open
+    assert account.outcomes == {Outcome.WENT_AWAY: 2 * NUMBER}
 
 
-def test_the_command_lets_the_collector_look_less_often_at_less(start: Start) -> None:
+def test_the_command_makes_the_collector_run_less_often_and_visit_less(start: Start) -> None:
     process = start(prefix=(sys.executable, "-c", SHOW_COLLECTOR))
     assert process.wait() == 0
     threshold, frozen = map(int, process.stdout.split())

@@ -1,16 +1,17 @@
+"""What the package shows, and what its modules import."""
+
 import ast
-import inspect
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import trio
 
 import trio_server
 
 PACKAGE = Path(trio_server.__file__).parent
-MODULES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+LIBRARY = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 
 
 def run(program: str) -> str:
@@ -20,11 +21,12 @@ def run(program: str) -> str:
 def test_every_public_name_is_there_and_no_other() -> None:
     for name in trio_server.__all__:
         assert getattr(trio_server, name) is not None
-    names = {name for name in dir(trio_server) if not name.startswith("_")}
-    assert names - MODULES == set(trio_server.__all__)
+    names = run("import trio_server; print(*dir(trio_server))").split()
+    public = {name for name in names if not name.startswith("_")}
+    assert public - set(LIBRARY) == set(trio_server.__all__)
 
 
-@pytest.mark.parametrize("module", ["trio_server", "trio_server.__main__"])
+@pytest.mark.parametrize("module", ["trio_server", "trio_server.__main__", "trio_server.command"])
 def test_importing_changes_nothing_in_the_process(module: str) -> None:
     program = """
 import gc, logging, os, resource, signal, sys, threading
@@ -48,48 +50,49 @@ print(state() == before)
     assert run(program.format("trio, argparse", module)) == "True\n"
 
 
-def test_help_knows_the_public_names_and_what_they_need() -> None:
+def test_help_shows_the_public_names_and_an_example() -> None:
     text = run("import pydoc, trio_server; print(pydoc.plain(pydoc.render_doc(trio_server)))")
     for shown in (
+        "class Account(",
+        "class Exchange(",
         "class Outcome(",
         "class Shutdown(",
-        "class Connections(",
         "serve_connection(",
-        "serve_tcp(",
-        "serve_listeners(",
+        "serve_gracefully(",
         "hello_world(",
-        "with shutdown.move_on_after(30) as idle:",
+        "with stop.move_on_after(30) as wait:",
         "begin(self, grace_period",
     ):
         assert shown in text, shown
 
 
-@pytest.mark.parametrize("name", ["serve_tcp", "serve_listeners"])
-def test_they_take_what_trio_takes_and_a_shutdown(name: str) -> None:
-    def parameters(function: object) -> list[str]:
-        return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
-
-    theirs = parameters(getattr(trio, name))
-    ours = parameters(getattr(trio_server, name))
-    theirs[theirs.index("handler_nursery")] = "shutdown"
-    assert ours == theirs
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
 
 
-def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    tree = ast.walk(ast.parse(path.read_text()))
-    return [node for node in tree if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
 
 
-def test_the_package_is_small() -> None:
-    lines = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
-    core = ("responder.py", "connection.py", "shutdown.py", "server.py")
-    assert sum(lines[name] for name in core) < 450
-    assert sum(lines.values()) < 1600
-    assert lines["watch.py"] < 120
-    long = {
-        function.name
-        for path in PACKAGE.glob("*.py")
-        for function in functions(path)
-        if (function.end_lineno or 0) - function.lineno >= 45
-    }
-    assert long <= {"parse_arguments"}  # which lists the options
+def imports(path: Path) -> set[str]:
+    """Return the modules of this package that a module imports, anywhere in its text."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{name.name}" for name in node.names}
+            found |= {name if name in MODULES else str(node.module) for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+    return found & set(MODULES)
+
+
+@pytest.mark.parametrize("module", ["__init__", *LIBRARY])
+def test_the_library_does_not_import_the_command(module: str) -> None:
+    names = imports(PACKAGE / f"{module}.py")
+    assert not [name for name in names if name.startswith("trio_server.command")]
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = {name: imports(path) for name, path in MODULES.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # It raises a `CycleError`.

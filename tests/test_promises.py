@@ -18,9 +18,8 @@ import trio
 from process import Process, Start, activated, file_limit, hammering, receive_all, request, tool
 from streams import read_all
 
-from trio_server import Connections, Outcome, Shutdown, serve_connection, serve_tcp
+from trio_server import Account, Outcome, Shutdown, serve_connection, serve_gracefully
 from trio_server.responder import REPLY
-from trio_server.shutdown import CLOSING_TIME
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +48,7 @@ def test_last_call_answers_500_clients_in_the_listen_queue(serve: Start) -> None
     assert "500 answered, " in process.stderr
 
 
-def test_five_shutdowns_under_load_answer_all_they_let_in(serve: Start) -> None:
+def test_five_shutdowns_under_load_answer_all_that_were_accepted(serve: Start) -> None:
     for _ in range(5):
         process = serve("--delay", "0.05")
         with hammering(("127.0.0.1", process.port), clients=50) as results:
@@ -109,7 +108,7 @@ def test_an_inherited_descriptor_of_the_wrong_kind(
     )
 
 
-@pytest.mark.parametrize("number", ["one", "-1", "9" * 5000])
+@pytest.mark.parametrize("number", ["one", "9" * 5000])
 def test_a_number_of_inherited_sockets_that_is_none(number: str, start: Start) -> None:
     set_pid = ("sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh")
     process = start(prefix=set_pid, env={**os.environ, "LISTEN_FDS": number})
@@ -138,7 +137,7 @@ def test_inherited_sockets_are_not_passed_on(start: Start) -> None:
     variables = """
 import os
 os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "0", "LISTEN_FDNAMES": ""}
-import trio_server.__main__ as command
+import trio_server.command as command
 assert command.inherited_sockets() == []
 print([name for name in os.environ if name.startswith("LISTEN_")])
 """
@@ -206,7 +205,7 @@ def test_1000_hostile_clients_take_nothing_from_a_good_one(serve: Start) -> None
     assert process.stop() == 0
     ended = re.findall(r" \d+ bytes in, ", process.stderr)
     totals = re.findall(r"stopped: .*", process.stderr)
-    assert len(ended) == sum(map(int, re.findall(r"\d+", totals[0])))
+    assert len(ended) == sum(map(int, re.findall(r"(\d+) [a-z]", totals[0])))
 
 
 def test_20000_connections_leave_descriptors_and_memory_flat(serve: Start) -> None:
@@ -260,8 +259,8 @@ async def serve_in(
 ) -> None:
     """Serve on a free port of 127.0.0.1, and say which."""
     async with trio.open_nursery() as nursery:
-        serve = partial(serve_tcp, handler, 0, host="127.0.0.1", shutdown=shutdown)
-        listeners = await nursery.start(serve)
+        server = partial(trio.serve_tcp, handler, 0, host="127.0.0.1")
+        listeners = await nursery.start(serve_gracefully, server, shutdown)
         task_status.started(listeners[0].socket.getsockname()[1])
 
 
@@ -282,8 +281,8 @@ async def read_slowly(client: trio.SocketStream) -> int:
 
 async def test_neighbours_do_not_notice_faulty_responders() -> None:
     tasks_before = trio.lowlevel.current_statistics().tasks_living
-    shutdown, connections = Shutdown(), Connections()
-    handler = partial(serve_connection, respond=faulty, shutdown=shutdown, connections=connections)
+    shutdown, account = Shutdown(), Account()
+    handler = partial(serve_connection, respond=faulty, shutdown=shutdown, account=account)
     async with trio.open_nursery() as nursery:
         port = await nursery.start(serve_in, handler, shutdown)
         faults = (b"raise", b"raise group", b"nothing", b"never")
@@ -306,56 +305,8 @@ async def test_neighbours_do_not_notice_faulty_responders() -> None:
         shutdown.begin(0.3)
     for client in clients:
         await client.aclose()
-    assert connections.outcomes == {Outcome.ANSWERED: 11, Outcome.FAILED: 3, Outcome.CUT_OFF: 1}
+    assert account.outcomes == {Outcome.ANSWERED: 11, Outcome.FAILED: 3, Outcome.CUT_OFF: 1}
     assert trio.lowlevel.current_statistics().tasks_living == tasks_before
-
-
-async def test_shutdown_with_a_connection_in_every_state() -> None:
-    async def respond(request: bytes) -> bytes:
-        if request == b"work":
-            await trio.sleep(0.8)
-        return bytes(BIG) if request == b"big" else REPLY
-
-    shutdown, connections = Shutdown(), Connections()
-    handler = partial(
-        serve_connection,
-        respond=respond,
-        limiter=trio.CapacityLimiter(1),
-        shutdown=shutdown,
-        connections=connections,
-    )
-    async with trio.open_nursery() as nursery:
-        port = await nursery.start(serve_in, handler, shutdown)
-        silent = await connect(port)
-        replying = await connect(port, b"big")
-        await replying.receive_some(1)
-        draining = await connect(port, b"quick")
-        assert await read_all(draining) == REPLY
-        in_flight = await connect(port, b"work")
-        waiting = await connect(port, b"work")  # for the permit of the one before
-        while connections.in_flight < 3 or len(connections.open) < 5:
-            await trio.sleep(0.01)
-
-        started = trio.current_time()
-        shutdown.begin(2)
-
-        async def expect(client: trio.SocketStream, reply: bytes, earliest: float) -> None:
-            assert await read_all(client) == reply
-            assert trio.current_time() - started >= earliest
-
-        async with trio.open_nursery() as clients:
-            clients.start_soon(expect, silent, b"", CLOSING_TIME)
-            clients.start_soon(expect, in_flight, REPLY, 0.7)
-            clients.start_soon(expect, waiting, REPLY, 0.8 + 0.7)
-    # The grace period ends for the one that does not take its reply.
-    assert trio.current_time() - started >= 2
-    assert connections.outcomes == {
-        Outcome.ANSWERED: 3,
-        Outcome.SENT_NOTHING: 1,
-        Outcome.CUT_OFF: 1,
-    }
-    for client in (silent, in_flight, replying, draining, waiting):
-        await client.aclose()
 
 
 def test_a_signal_with_a_connection_in_every_state(serve: Start) -> None:
@@ -372,8 +323,7 @@ def test_a_signal_with_a_connection_in_every_state(serve: Start) -> None:
     ):
         assert draining.recv(1000) == REPLY
         with connected(b"hi") as in_flight, connected(b"waits") as waiting:
-            process.wait_for_log("sent 2 bytes")
-            process.wait_for_log("sent 5 bytes")
+            process.wait_for_status(r"\b2 in flight")
             process.kill(signal.SIGTERM)
             assert receive_all(silent) == b""
             assert receive_all(in_flight) == REPLY
@@ -393,7 +343,7 @@ def test_100_silent_clients_hold_no_permit(serve: Start) -> None:
     assert "1 answered, 100 sent nothing, " in process.stderr
 
 
-def test_clients_silent_after_their_reply_are_let_go_before_the_client_timeout(
+def test_clients_that_are_silent_after_their_reply_are_disconnected_before_the_client_timeout(
     serve: Start,
 ) -> None:
     process = serve("--delay", "0", "--client-timeout", "60")
@@ -429,23 +379,21 @@ async def test_a_shutdown_reads_all_of_a_request_before_it_closes() -> None:
         client.connect(listener.socket.getsockname())
         return client
 
-    shutdown, connections = Shutdown(), Connections()
-    handler = partial(
-        serve_connection, respond=respond, shutdown=shutdown, connections=connections
-    )
+    shutdown, account = Shutdown(), Account()
+    handler = partial(serve_connection, respond=respond, shutdown=shutdown, account=account)
     async with trio.open_nursery() as nursery:
-        serve = partial(serve_tcp, handler, 0, host="127.0.0.1", shutdown=shutdown)
-        [listener] = await nursery.start(serve)
+        server = partial(trio.serve_tcp, handler, 0, host="127.0.0.1")
+        [listener] = await nursery.start(serve_gracefully, server, shutdown)
         clients = [connect_with_small_window() for _ in range(200)]
         for client in clients:
             client.sendall(b"first")
-        while connections.in_flight < 200:
+        while account.in_flight < 200:
             await trio.sleep(0.01)
         for client in clients:
             client.sendall(b"second")
         shutdown.begin()
         go.set()
-    assert connections.outcomes == {Outcome.ANSWERED: 200}
-    for client in clients:
-        with client:
-            assert len(receive_all(client)) == size
+        for client in clients:
+            with client:
+                assert len(await trio.to_thread.run_sync(receive_all, client)) == size
+    assert account.outcomes == {Outcome.ANSWERED: 200}

@@ -1,41 +1,23 @@
-"""`Shutdown` by itself, with handlers of the tests' own, in memory and on a mock clock."""
+"""`Shutdown` by itself, and with handlers of the tests' own, in memory and on a mock clock."""
 
 import math
 from functools import partial
 
 import pytest
 import trio
-from streams import MemoryListener, read_all
+from streams import MemoryListener, Server, read_all
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_server import Shutdown, serve_listeners
-from trio_server.shutdown import CLOSING_TIME, GRACE_PERIOD
+from trio_server import Shutdown
+from trio_server.shutdown import GRACE_PERIOD, IDLE_TIME
 
 
-async def echo(shutdown: Shutdown, stream: trio.abc.Stream) -> None:
-    """Send back what comes, again and again, as long as the client is not idle for a minute."""
-    while True:
-        chunk = bytearray()
-        with shutdown.move_on_after(60):
-            chunk = bytearray(await stream.receive_some())
-        if not chunk:
-            break
-        if chunk == b"work":
-            await trio.sleep(10)
-        await stream.send_all(chunk)
-
-
-async def ignore_the_shutdown(stream: trio.abc.Stream) -> None:
-    async for chunk in stream:
-        await stream.send_all(chunk)
-
-
-async def ends_after(seconds: float, scope: trio.CancelScope) -> None:
-    """Sleep in a scope until it is cancelled; check when that was."""
+async def ends_after(seconds: float, shutdown: Shutdown, limit: float) -> None:
+    """Wait until the time is over; check when that was."""
     before = trio.current_time()
-    with scope:
+    with shutdown.move_on_after(limit) as wait:
         await trio.sleep_forever()
-    assert scope.cancelled_caught
+    assert wait.cancelled_caught
     assert trio.current_time() - before == pytest.approx(seconds)
 
 
@@ -44,46 +26,90 @@ async def test_without_a_shutdown_a_wait_ends_after_its_own_time(
 ) -> None:
     shutdown = Shutdown()
     assert not shutdown.begun
-    await ends_after(30, shutdown.move_on_after(30))
+    await ends_after(30, shutdown, 30)
 
 
-async def test_a_wait_is_shortened_when_the_shutdown_begins(
-    nursery: trio.Nursery, autojump_clock: MockClock
+async def test_a_wait_is_shortened_when_the_shutdown_begins(autojump_clock: MockClock) -> None:
+    shutdown = Shutdown()
+    async with trio.open_nursery() as waits:
+        waits.start_soon(ends_after, 10 + IDLE_TIME, shutdown, 30)
+        waits.start_soon(ends_after, 10 + IDLE_TIME, shutdown, math.inf)
+        waits.start_soon(ends_after, 10.5, shutdown, 10.5)
+        await trio.sleep(10)
+        shutdown.begin()
+        assert shutdown.begun
+
+
+async def test_a_wait_that_starts_after_the_shutdown_has_the_idle_time(
+    autojump_clock: MockClock,
 ) -> None:
     shutdown = Shutdown()
-    nursery.start_soon(ends_after, 10 + CLOSING_TIME, shutdown.move_on_after(30))
-    nursery.start_soon(ends_after, 10.5, shutdown.move_on_after(10.5))
-    await trio.sleep(10)
     shutdown.begin()
-    assert shutdown.begun
+    await ends_after(IDLE_TIME, shutdown, 30)
+    await ends_after(0.5, shutdown, 0.5)
 
 
-async def test_a_wait_that_starts_later_is_short_from_the_start(autojump_clock: MockClock) -> None:
+async def test_the_idle_time_can_be_chosen(autojump_clock: MockClock) -> None:
+    shutdown = Shutdown(idle_time=3)
+    async with trio.open_nursery() as waits:
+        waits.start_soon(ends_after, 3, shutdown, 30)
+        await wait_all_tasks_blocked()
+        shutdown.begin()
+        waits.start_soon(ends_after, 3, shutdown, 30)
+
+
+async def test_the_time_counts_from_entering_the_block(autojump_clock: MockClock) -> None:
     shutdown = Shutdown()
-    shutdown.begin()
-    await ends_after(CLOSING_TIME, shutdown.move_on_after(30))
-    await ends_after(0.5, shutdown.move_on_after(0.5))
+    limit = shutdown.move_on_after(30)
+    await trio.sleep(100)
+    before = trio.current_time()
+    with limit as wait:
+        await trio.sleep_forever()
+    assert wait.cancelled_caught
+    assert trio.current_time() == before + 30
+
+
+async def test_the_end_of_the_grace_period_ends_a_wait_that_started_before(
+    autojump_clock: MockClock,
+) -> None:
+    shutdown = Shutdown()
+    async with trio.open_nursery() as waits:
+        waits.start_soon(ends_after, 0.25, shutdown, 30)
+        await wait_all_tasks_blocked()
+        shutdown.begin(0.25)
+
+
+async def test_the_end_of_the_grace_period_ends_a_wait_that_starts_later(
+    autojump_clock: MockClock,
+) -> None:
+    shutdown = Shutdown()
+    shutdown.begin(10)
+    await trio.sleep(9.75)
+    await ends_after(0.25, shutdown, 30)
+    await trio.sleep(5)
+    await ends_after(0, shutdown, 30)
+
+
+async def test_after_a_shutdown_without_a_grace_period_no_wait_waits(
+    autojump_clock: MockClock,
+) -> None:
+    shutdown = Shutdown()
+    async with trio.open_nursery() as waits:
+        waits.start_soon(ends_after, 0, shutdown, 30)
+        await wait_all_tasks_blocked()
+        shutdown.begin(0)
+        waits.start_soon(ends_after, 0, shutdown, 30)
 
 
 async def test_waits_that_are_over_are_forgotten(autojump_clock: MockClock) -> None:
     shutdown = Shutdown()
-    for _ in range(10_000):
+    for _ in range(1000):
         with shutdown.move_on_after(30):
             await trio.lowlevel.checkpoint()
-    # Trio keeps some 1,000 deadlines that have gone, to clean them up together.
-    assert len(shutdown._waits) < 3000  # noqa: SLF001 - a leak shows nowhere else
+    assert not shutdown._waits  # noqa: SLF001 - a leak shows nowhere else
 
 
-async def test_the_end_of_the_grace_period_ends_a_wait_as_well(
-    nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
-    shutdown = Shutdown()
-    nursery.start_soon(ends_after, 0.25, shutdown.move_on_after(30))
-    await wait_all_tasks_blocked()
-    shutdown.begin(0.25)
-
-
-async def test_whoever_waits_for_the_shutdown_goes_on_when_it_begins(
+async def test_tasks_that_wait_for_the_shutdown_go_on_when_it_begins(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     shutdown = Shutdown()
@@ -104,12 +130,28 @@ async def test_whoever_waits_for_the_shutdown_goes_on_when_it_begins(
 
 @pytest.mark.parametrize("value", [-1, math.nan, -math.inf])
 async def test_what_is_no_length_of_time_is_an_error_that_names_the_argument(value: float) -> None:
+    with pytest.raises(ValueError, match=r"^idle_time is .*: it must be a number of seconds"):
+        Shutdown(value)
     shutdown = Shutdown()
-    with pytest.raises(ValueError, match=r"^grace_period is .*: it has to be a number of seconds"):
+    with pytest.raises(ValueError, match=r"^grace_period is .*: it must be a number of seconds"):
         shutdown.begin(value)
     assert not shutdown.begun
-    with pytest.raises(ValueError, match=r"^seconds is .*: it has to be a number of seconds"):
-        shutdown.move_on_after(value)
+    with (
+        pytest.raises(ValueError, match=r"^seconds is .*: it must be a number of seconds"),
+        shutdown.move_on_after(value),
+    ):
+        pass
+
+
+async def test_the_end_of_the_grace_period_can_be_read_and_not_set(
+    autojump_clock: MockClock,
+) -> None:
+    shutdown = Shutdown()
+    assert shutdown.grace_ends == math.inf
+    shutdown.begin(5)
+    assert shutdown.grace_ends == trio.current_time() + 5
+    with pytest.raises(AttributeError):
+        shutdown.grace_ends = 0  # type: ignore[misc]
 
 
 def test_it_can_be_made_before_trio_runs() -> None:
@@ -122,66 +164,93 @@ def test_it_can_be_made_before_trio_runs() -> None:
     trio.run(main)
 
 
-class Server:
+async def test_outside_of_the_thread_of_trio_begin_fails_and_tells_how_to_call_it() -> None:
+    shutdown = Shutdown()
+
+    def begin() -> None:
+        with pytest.raises(
+            RuntimeError, match=r"trio\.from_thread\.run_sync.*token\.run_sync_soon"
+        ):
+            shutdown.begin()
+        assert not shutdown.begun
+        trio.from_thread.run_sync(shutdown.begin)
+
+    await trio.to_thread.run_sync(begin)
+    assert shutdown.begun
+
+
+async def echo(shutdown: Shutdown, stream: trio.abc.Stream) -> None:
+    """Send back what arrives until the client is idle for a minute, or the shutdown comes."""
+    while True:
+        chunk = bytearray()
+        with shutdown.move_on_after(60):
+            chunk = bytearray(await stream.receive_some())
+        if not chunk:
+            break
+        if chunk == b"work":
+            await trio.sleep(10)
+        await stream.send_all(chunk)
+
+
+async def ignore_the_shutdown(stream: trio.abc.Stream) -> None:
+    async for chunk in stream:
+        await stream.send_all(chunk)
+
+
+class EchoServer(Server):
     """An echo server on in-memory connections, in the background."""
 
-    def __init__(
-        self, nursery: trio.Nursery, shutdown: Shutdown, *, ignores: bool = False
-    ) -> None:
+    def __init__(self, shutdown: Shutdown, *, ignores: bool = False) -> None:
+        super().__init__(handler=ignore_the_shutdown if ignores else partial(echo, shutdown))
+        self.shutdown = shutdown
         self.listener = MemoryListener()
-        self.ended_at = math.nan
-        self._handler = ignore_the_shutdown if ignores else partial(echo, shutdown)
-        nursery.start_soon(self._serve, shutdown)
 
-    async def _serve(self, shutdown: Shutdown) -> None:
-        await serve_listeners(self._handler, [self.listener], shutdown=shutdown)
-        self.ended_at = trio.current_time()
+    async def connect_to(self, nursery: trio.Nursery) -> trio.abc.HalfCloseableStream:
+        """Start, and connect a client that has been served once."""
+        await self.start(nursery, self.listener)
+        client = self.listener.connect()
+        await client.send_all(b"hi")
+        assert await client.receive_some() == b"hi"
+        return client
 
 
-async def test_an_idle_client_holds_an_echo_server_up_for_a_second(
+async def test_an_idle_client_delays_the_end_of_a_server_by_the_idle_time(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    shutdown = Shutdown()
-    server = Server(nursery, shutdown)
-    client = server.listener.connect()
-    await client.send_all(b"hi")
-    assert await client.receive_some() == b"hi"
+    server = EchoServer(Shutdown())
+    client = await server.connect_to(nursery)
     before = trio.current_time()
-    shutdown.begin()
+    server.shutdown.begin()
     assert await read_all(client) == b""
     await wait_all_tasks_blocked()
-    assert server.ended_at == before + CLOSING_TIME
+    assert server.ended_at == before + IDLE_TIME
     assert server.listener.closed
 
 
 async def test_work_in_flight_is_not_shortened(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    shutdown = Shutdown()
-    server = Server(nursery, shutdown)
-    client = server.listener.connect()
+    server = EchoServer(Shutdown())
+    client = await server.connect_to(nursery)
     await client.send_all(b"work")
     await wait_all_tasks_blocked()
     before = trio.current_time()
-    shutdown.begin()
+    server.shutdown.begin()
     assert await client.receive_some() == b"work"
     assert trio.current_time() == before + 10
     assert await client.receive_some() == b""
     await wait_all_tasks_blocked()
-    assert server.ended_at == before + 10 + CLOSING_TIME
+    assert server.ended_at == before + 10 + IDLE_TIME
 
 
 @pytest.mark.parametrize("grace_period", [0, 5, GRACE_PERIOD])
 async def test_a_handler_that_ignores_the_shutdown_has_the_grace_period(
     grace_period: float, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    shutdown = Shutdown()
-    server = Server(nursery, shutdown, ignores=True)
-    client = server.listener.connect()
-    await client.send_all(b"hi")
-    assert await client.receive_some() == b"hi"
+    server = EchoServer(Shutdown(), ignores=True)
+    client = await server.connect_to(nursery)
     before = trio.current_time()
-    shutdown.begin(grace_period)
+    server.shutdown.begin(grace_period)
     assert await read_all(client) == b""
     await wait_all_tasks_blocked()
     assert server.ended_at == before + grace_period
@@ -190,15 +259,13 @@ async def test_a_handler_that_ignores_the_shutdown_has_the_grace_period(
 async def test_beginning_again_can_only_shorten_the_grace_period(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    shutdown = Shutdown()
-    server = Server(nursery, shutdown, ignores=True)
-    server.listener.connect()
-    await wait_all_tasks_blocked()
+    server = EchoServer(Shutdown(), ignores=True)
+    await server.connect_to(nursery)
     before = trio.current_time()
-    shutdown.begin(60)
+    server.shutdown.begin(60)
     await trio.sleep(1)
-    shutdown.begin(5)
-    shutdown.begin(60)
+    server.shutdown.begin(5)
+    server.shutdown.begin(60)
     await trio.sleep(10)
     assert server.ended_at == before + 6
 
@@ -207,35 +274,37 @@ async def test_one_shutdown_stops_two_servers(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     shutdown = Shutdown()
-    patient = Server(nursery, shutdown)
-    ignorant = Server(nursery, shutdown, ignores=True)
-    patient.listener.connect()
-    ignorant.listener.connect()
-    await wait_all_tasks_blocked()
+    one, other = EchoServer(shutdown), EchoServer(shutdown, ignores=True)
+    await one.connect_to(nursery)
+    await other.connect_to(nursery)
     before = trio.current_time()
     shutdown.begin(7)
     await trio.sleep(10)
-    assert patient.ended_at == before + CLOSING_TIME
-    assert ignorant.ended_at == before + 7
+    assert one.ended_at == before + IDLE_TIME
+    assert other.ended_at == before + 7
 
 
-async def test_it_may_begin_before_serving_starts(
-    nursery: trio.Nursery, autojump_clock: MockClock
+@pytest.mark.parametrize("grace_period", [0, GRACE_PERIOD])
+async def test_it_may_begin_before_a_server_starts(
+    grace_period: float, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    shutdown = Shutdown()
-    shutdown.begin()
-    server = Server(nursery, shutdown)
+    server = EchoServer(Shutdown())
+    server.shutdown.begin(grace_period)
+    before = trio.current_time()
+    await server.start(nursery, server.listener)
     await wait_all_tasks_blocked()
-    assert server.ended_at == trio.current_time()
+    assert server.ended_at == before
     assert server.listener.closed
 
 
-async def test_it_may_begin_while_serving_starts(
+async def test_it_may_begin_while_a_server_starts(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    shutdown = Shutdown()
-    server = Server(nursery, shutdown)
-    shutdown.begin()
+    server = EchoServer(Shutdown())
+    nursery.start_soon(server.start, nursery, server.listener)
+    before = trio.current_time()
+    await trio.lowlevel.checkpoint()
+    server.shutdown.begin()
     await wait_all_tasks_blocked()
-    assert server.ended_at == trio.current_time()
+    assert server.ended_at == before
     assert server.listener.closed

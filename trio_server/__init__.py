@@ -14,7 +14,7 @@ An echo server, which SIGTERM or Ctrl-C stops gracefully, and a second signal at
     from trio_server import Shutdown, serve_gracefully
 
     async def echo(stop, stream):
-        while not stop.begun:
+        while True:
             with stop.move_on_after(30) as wait:  # for the client: 1 s, once the shutdown begins
                 data = await stream.receive_some()
             if wait.cancelled_caught or not data:

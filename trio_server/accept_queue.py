@@ -49,12 +49,12 @@ def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.s
 
 
 def any_waiting(sockets: Iterable[trio.socket.SocketType]) -> bool:
-    """Return whether a connection is in the accept queue of one of these sockets."""
-    queues = select.poll()
+    """Return whether one of these sockets has input: for a listener, a connection to accept."""
+    poll = select.poll()
     for one in sockets:
         if one.fileno() >= 0:  # -1 when closed
-            queues.register(one, select.POLLIN)
-    return bool(queues.poll(0))
+            poll.register(one, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def ignore_new_connections(listener: trio.socket.SocketType) -> bool:

@@ -36,6 +36,7 @@ class Exchange:
     accepted_at: float = field(default_factory=trio.current_time)
     received_at: float = math.nan  # until a request arrives
     answered_at: float | None = None
+    ended_at: float = math.nan  # while the connection is open
 
     @property
     def in_flight(self) -> bool:
@@ -63,7 +64,7 @@ class Exchange:
         if self.answered_at is not None:
             took = f" in {self.answered_at - self.received_at:.3f} s"
         elif self.request:
-            took = f" after {trio.current_time() - self.received_at:.3f} s"
+            took = f" after {self.ended_at - self.received_at:.3f} s"
         return (
             f"{self.peer} {self.outcome.value}{took}: {len(self.request)} bytes in, "
             f"{self.reply_size} out, {self.first_line}"
@@ -100,6 +101,7 @@ class Account:
 
     def end(self, exchange: Exchange) -> None:
         """Count a connection that has ended, and log a line about it."""
+        exchange.ended_at = trio.current_time()
         del self.open[exchange]
         self.ended.append(exchange)
         self.outcomes[exchange.outcome] += 1

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import trio
 
+from trio_server.accept_queue import any_waiting
 from trio_server.account import Account, Exchange, Outcome
 from trio_server.shutdown import Shutdown, check_seconds
 
@@ -29,6 +30,7 @@ async def serve_connection(
 
     Args:
         stream: The client: TCP, TLS, a Unix socket or in memory. It is closed before this returns.
+            Over TLS, a client that still sends when it gets the reply may lose the reply.
         respond: Async function from request to reply, both `bytes`, without a time limit. The
             request is what a single `receive_some` returned: 1 to 1,024 bytes, perhaps only its
             beginning. If it raises an exception, that is logged, and the client gets no reply.
@@ -61,6 +63,10 @@ async def serve_connection(
             if error.__cause__:  # On Python 3.12 and 3.13, it is in a reference cycle that would
                 error.__cause__.__traceback__ = None  # keep the request and reply in memory.
         finally:
+            # Cancelled, it may have a request that was not read: only then is the client cut off.
+            cut_off = exchange.outcome is Outcome.CUT_OFF and not exchange.request
+            if cut_off and hasattr(transport, "socket") and not any_waiting([transport.socket]):
+                exchange.outcome = Outcome.SENT_NOTHING
             account.end(exchange)
     return exchange.outcome
 
@@ -91,7 +97,9 @@ async def _answer(
             while await stream.receive_some():
                 limit.deadline = min(trio.current_time() + DRAIN_SILENCE, end)
         else:
-            await stream.aclose()  # TLS cannot half-close.
+            await (
+                stream.aclose()
+            )  # TLS cannot half-close, so a client that still sends may lose it.
     if exchange.outcome is not Outcome.ANSWERED:  # The client did not receive it in time.
         exchange.outcome = Outcome.TIMED_OUT
 
@@ -109,6 +117,6 @@ def peer_name(stream: Any) -> str:  # noqa: ANN401 - any stream, even one withou
 
 def format_address(address: tuple[Any, ...]) -> str:
     """Return an internet address in its usual form: ``127.0.0.1:1729``, ``[::1]:1729``."""
-    host, port, *_ = address
+    host, port = str(address[0]), address[1]
     host = host.removeprefix("::ffff:") if "." in host else host  # IPv4 on an IPv6 socket
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -57,7 +57,7 @@ async def serve_gracefully(
     """
     try:
         inspect.signature(server).bind(handler_nursery=None, task_status=None)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(
             "server must be one of Trio's with all arguments but the nursery filled in, like "
             f"partial(trio.serve_tcp, handler, 1729): {error}"
@@ -111,7 +111,8 @@ async def _accept(
 async def _empty_queues(sockets: list[trio.socket.SocketType], starter: "_HandlerStarter") -> None:
     """Keep new connections out, and wait until all others are accepted."""
     filtered = [ignore_new_connections(one) for one in sockets]
-    if trio.current_time() < starter.accepted_at + 1:  # Clients come: some may be in a handshake.
+    recently = trio.current_time() < starter.accepted_at + 1
+    if recently or any_waiting(sockets):  # Clients come: some may be in a handshake.
         await trio.sleep(HANDSHAKE_TIME)
     with trio.move_on_after(math.inf if all(filtered) else EMPTYING_TIME):
         while any_waiting(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`

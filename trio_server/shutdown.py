@@ -14,7 +14,8 @@ class Shutdown:
     """The graceful shutdown of one server, or of several that stop together.
 
     ``idle_time`` is the number of seconds that a wait in `move_on_after` may still take once the
-    shutdown has begun. A negative number or nan raises `ValueError`, here and below.
+    shutdown has begun. With 0, a request that has arrived may not be read. A negative number or
+    nan raises `ValueError`, here and below.
     """
 
     def __init__(self, idle_time: float = IDLE_TIME) -> None:

@@ -13,7 +13,7 @@ stop = Shutdown()
 
 
 async def echo(stream: trio.SocketStream) -> None:
-    while not stop.begun:
+    while True:
         with stop.move_on_after(30) as wait:  # Once the shutdown begins, 1 second is left.
             data = await stream.receive_some()
         if wait.cancelled_caught or not data:

@@ -18,7 +18,7 @@ stop = Shutdown()
 
 async def serve_lines(stream: trio.SocketStream) -> None:
     received = b""
-    while not stop.begun or received:
+    while True:
         with stop.move_on_after(30) as wait:  # The client has this time to send a whole line.
             while b"\n" not in received and len(received) <= MOST:
                 data = await stream.receive_some(MOST)
