@@ -1,7 +1,7 @@
-"""Restart three servers behind load balancers, one after the other, while clients ask on.
+"""Restart three servers behind load balancers, one after the other, while clients send requests.
 
-HAProxy and nginx run with the files of this folder as they are, in a network namespace of their
-own, where the ports are free. It needs root, and the programs unshare, ip, haproxy and nginx.
+HAProxy and nginx use the files of this folder unchanged. They run in a separate network namespace,
+where the ports are free. This needs root, and the programs unshare, ip, haproxy and nginx.
 """
 
 import argparse
@@ -19,15 +19,15 @@ sys.path.append(str(FOLDER.parent))
 from process import Process, hammering, request, tool  # noqa: E402 - it is in that folder
 
 SERVERS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")  # as in the files
-BALANCERS = {"HAProxy": 8080, "nginx, TCP": 8081, "nginx, HTTP": 8082}  # their ports, likewise
+BALANCERS = {"HAProxy": 8080, "nginx, TCP": 8081, "nginx, HTTP": 8082}  # their ports
 
-CLIENTS = 20  # of each balancer
-PAUSE = 0.5  # seconds that a server is away, and then is there before the next one is stopped
-LONG = 0.25  # seconds that a client waits because of a restart, and not of a busy machine
+CLIENTS = 20  # for each balancer
+PAUSE = 0.5  # seconds that a server is down, and then up before the next one is stopped
+LONG = 0.25  # seconds; a client that waits longer waits for a restart, not for a busy machine
 
 
 def main() -> int:
-    """Try it, and say what the clients saw; return 1 if a request was lost."""
+    """Restart the servers, print what the clients saw, and return 1 if a request was lost."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1, help="how often to restart each server")
     parser.add_argument("--delay", type=float, default=0.2, help="seconds of work for a request")
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def enter_namespace() -> None:
-    """Start this program again, in a network that has nothing but a loopback interface."""
+    """Start this program again, in a network that has only a loopback interface."""
     enter = [tool("unshare"), "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     environment = {**os.environ, "NAMESPACE": "ours", "PATH": path}
@@ -60,7 +60,7 @@ def enter_namespace() -> None:
 
 
 class Server:
-    """One of the servers: the command, on an address of its own."""
+    """One of the servers: the command on its own address."""
 
     def __init__(self, folder: Path, host: str, delay: float) -> None:
         self._folder = folder
@@ -78,7 +78,7 @@ class Server:
             raise RuntimeError(f"exit status {status}: {self._process.stderr}")
 
     def end(self) -> None:
-        """Leave nothing behind."""
+        """Kill it, if it still runs."""
         self._process.popen.kill()
         self._process.wait()
 
@@ -97,7 +97,7 @@ class Clients:
         return outcome
 
     def report(self, name: str, delay: float) -> int:
-        """Say what they saw; return 1 if a request was lost."""
+        """Print what the clients saw; return 1 if a request was lost."""
         waits = [seconds - delay for seconds in self._took]
         lost = len(waits) - self._results.pop("answered", 0)
         print(
@@ -128,12 +128,12 @@ def balancing(folder: Path) -> Iterator[None]:
 
 
 def ask(address: tuple[str, int]) -> str:
-    """Be a client, of an HTTP proxy perhaps, which has header fields of its own."""
+    """Send a request; return "answered" or what went wrong. A proxy may add header fields."""
     return request(address, b"GET / HTTP/1.0\r\n\r\n", is_answer=is_answer)
 
 
 def is_answer(reply: bytes) -> bool:
-    """Tell whether a reply is complete."""
+    """Return whether a reply is complete."""
     return reply.startswith(b"HTTP/1.1 200 ") and reply.endswith(b"\r\n\r\nHello World!")
 
 

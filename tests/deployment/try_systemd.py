@@ -1,13 +1,13 @@
-"""Try the two unit files under a real systemd; print a table of what was seen.
+"""Try the two unit files under a real systemd, and print a table of the results.
 
     python tests/deployment/try_systemd.py [--root FOLDER]
 
-It boots Debian bookworm in a container with a loopback interface of its own, so nothing changes
-outside. The trials take a minute and a half, and making the container one more.
+It boots Debian bookworm in a container with its own loopback interface, so nothing changes
+outside. The trials need a minute and a half, and installing Debian needs one more.
 
-It needs root, debootstrap, systemd-nspawn (Debian's systemd-container), iproute2, a network to
-install from, and a Python with this project's test extra. With --root, the tree of the container
-is kept in that folder, and found there the next time.
+This needs root, debootstrap, systemd-nspawn (Debian's package systemd-container), iproute2, access
+to Debian's packages and PyPI, and a Python with this project's test extra. With --root, the files
+of the container stay in that folder, and the next run uses them again.
 """
 
 import argparse
@@ -42,7 +42,7 @@ MOST_TIME = 60.0  # seconds for a command in the container, a boot, a power-off
 
 
 Row = tuple[Counter[str], str]
-"""What came of the requests of a trial, and what else was seen."""
+"""How the requests of a trial ended, and what else was seen."""
 
 
 class Machine:
@@ -66,13 +66,13 @@ class Machine:
         wait_until(lambda: self.ask("is-system-running") in {"running", "degraded"})
 
     def _is_init(self, pid: str) -> bool:
-        with suppress(OSError):  # It has ended already.
+        with suppress(OSError):  # The process has ended already.
             if Path(f"/proc/{pid}/comm").read_text() == "systemd\n":
                 self._pid = pid
         return pid == self._pid
 
     def power_off(self) -> None:
-        """Let systemd stop everything. What has not ended in time is killed along with nspawn."""
+        """Let systemd stop everything. Kill nspawn, and all that has not ended in time."""
         if self._nspawn is None:
             return
         try:
@@ -99,30 +99,30 @@ class Machine:
         return done.stdout.strip()
 
     def do(self, *arguments: str) -> None:
-        """Let systemctl do something; raise an exception if it could not."""
+        """Run systemctl; raise an exception if it fails."""
         self.run("systemctl", *arguments, check=True)
 
     def ask(self, *arguments: str) -> str:
-        """Ask systemctl something; return its answers in one line."""
+        """Run systemctl; return its output in one line."""
         return " ".join(self.run("systemctl", *arguments).split())
 
     def pid(self, unit: str) -> str:
         return self.ask("show", "--value", "-p", "MainPID", unit)
 
     def change(self, unit: str, text: str) -> None:
-        """Change a unit by a drop-in file; an empty text undoes that."""
+        """Change a unit with a drop-in file; an empty text undoes that."""
         file = self.root / f"etc/systemd/system/{unit}.d/try-{unit}.conf"
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
         self.do("daemon-reload")
 
     def set_delay(self, seconds: float) -> None:
-        """Set how long a request takes, in processes that start from now on."""
+        """Set the seconds of work for a request, in processes that start from now on."""
         command = f"ExecStart=\nExecStart={PROGRAM} --grace-period 30 --delay {seconds:g}\n"
         self.change(UNITS[1], f"[Service]\n{command}")
 
     def warnings(self) -> list[str]:
-        """Read the warnings since the boot: those of the server itself, not of systemd."""
+        """Return the warnings of the server since the boot, without those of systemd."""
         command = "journalctl -b -q -o cat -t trio-server -p warning"
         return self.run(*command.split()).splitlines()
 
@@ -131,7 +131,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
     give_up = time.monotonic() + MOST_TIME
     while not condition():
         if time.monotonic() > give_up:
-            raise TimeoutError(f"waited {MOST_TIME:g} s in vain")
+            raise TimeoutError(f"waited {MOST_TIME:g} s without success")
         time.sleep(0.05)
 
 
@@ -142,7 +142,7 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 
 def in_flight(clients: int, action: Callable[[], object]) -> Counter[str]:
-    """Do something a second after that many clients have come; return what became of them."""
+    """Do something a second after this many clients have connected; return their results."""
     with ThreadPoolExecutor(clients) as pool:
         replies = [pool.submit(request, ADDRESS) for _ in range(clients)]
         time.sleep(1)
@@ -151,16 +151,16 @@ def in_flight(clients: int, action: Callable[[], object]) -> Counter[str]:
 
 
 def stop_the_socket_first(machine: Machine, then: Callable[[], object]) -> Counter[str]:
-    """Stop while 50 requests are in flight and clients still come; those may be refused."""
+    """Stop while 50 requests are in flight. Clients that connect later may be refused."""
 
     def stop() -> None:
         machine.do("stop", SOCKET)
         then()
 
-    with hammering(ADDRESS, clients=5) as newcomers:
+    with hammering(ADDRESS, clients=5) as new_clients:
         results = in_flight(50, stop)
-    newcomers.pop(REFUSED, None)
-    return results + newcomers
+    new_clients.pop(REFUSED, None)
+    return results + new_clients
 
 
 def try_activation(machine: Machine) -> Row:
@@ -188,7 +188,7 @@ def try_restarts(machine: Machine, units: list[str], times: int, interval: float
 
 
 def try_broken(machine: Machine) -> Row:
-    """Let clients wait while no process can start."""
+    """Let clients wait while the program is missing."""
     machine.do("stop", ONE, TWO)
     program = machine.root / PROGRAM.lstrip("/")
     away = program.rename(program.with_name("away"))
@@ -214,11 +214,14 @@ def try_kill(machine: Machine) -> Row:
         machine.do("kill", "-s", "KILL", TWO)
         seconds = seconds_of(lambda: wait_until(is_back))
         time.sleep(1)
-    return results, f"lost: what that process had in flight; it is back after {seconds:.1f} s"
+    return (
+        results,
+        f"lost: the requests in that process; it runs again after {seconds:.1f} s",
+    )
 
 
 def try_warnings(machine: Machine) -> Row:
-    """Look for warnings; then cause one, with fewer files than clients."""
+    """Count the warnings; then cause one, with fewer files than clients."""
     before = len(machine.warnings())
     machine.change(ONE, "[Service]\nLimitNOFILE=20\n")
     machine.do("stop", TWO)
@@ -241,7 +244,7 @@ def try_status(machine: Machine) -> Row:
 
 
 def try_security(machine: Machine) -> Row:
-    """Ask systemd for its score, and the kernel whether it is in force."""
+    """Return the score that systemd gives, and what the kernel enforces."""
     verified = machine.run("systemd-analyze", "verify", SOCKET, ONE, check=True)
     lines = machine.run("systemd-analyze", "security", "--no-pager", ONE).splitlines()
     score = lines[-1].split(": ")[-1].encode("ascii", "ignore").decode().strip()
@@ -273,7 +276,7 @@ def try_stop(machine: Machine) -> Row:
 def try_stop_all(machine: Machine) -> Row:
     machine.do("start", ONE, TWO)
     results = stop_the_socket_first(machine, lambda: machine.do("stop", ONE, TWO))
-    return results, f"{machine.ask('is-active', SOCKET, ONE, TWO)}; newcomers were refused"
+    return results, f"{machine.ask('is-active', SOCKET, ONE, TWO)}; new clients were refused"
 
 
 def try_port_80(machine: Machine) -> Row:
@@ -300,15 +303,15 @@ TRIALS: dict[str, Callable[[Machine], Row]] = {
     "`journalctl -t trio-server -p warning`": try_warnings,
     "`systemctl kill -s USR1`, then `systemctl status`": try_status,
     "`systemd-analyze verify` and `security`, `/proc/PID/status`": try_security,
-    "socket stopped, power off, with 50 requests in flight and newcomers; boot": try_reboot,
+    "socket stopped, power off, 50 requests in flight, new clients; boot": try_reboot,
     "`systemctl stop` of both processes, 50 requests in flight": try_stop,
-    "socket stopped, then both processes, likewise": try_stop_all,
+    "socket stopped, then both processes, 50 requests in flight, new clients": try_stop_all,
     "`ListenStream=127.0.0.1:80` in the socket": try_port_80,
 }
 
 
 def print_table(machine: Machine) -> None:
-    """Run the trials; print a row for each as soon as it is over."""
+    """Run the trials; print a row after each."""
     print(f"| what was done (`--delay {BRISK:g}`; from the power-off on `{LONG:g}`)", end=" ")
     print("| requests | lost | what was seen |\n|---|---|---|---|", flush=True)
     for title, trial in TRIALS.items():
@@ -326,7 +329,7 @@ def run(*command: str | Path) -> None:
 
 
 def install(root: Path) -> None:
-    """Make the tree unless it is there; install the project and its units."""
+    """Install Debian unless it is there; then install the project and its units."""
     if not (root / "usr").exists():
         run("debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", root)
     folder, wheels = Path(PROGRAM).parents[1], root / "opt/wheels"
@@ -357,7 +360,7 @@ def try_all(root: Path) -> None:
 
 
 def main() -> None:
-    """Make the container; then start this program again, where its network is."""
+    """Install the container; then start this program again in a separate network."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     parser = argparse.ArgumentParser(prog="python tests/deployment/try_systemd.py")
     parser.add_argument("--root", type=Path, metavar="FOLDER", help="keep the container here")
@@ -367,7 +370,7 @@ def main() -> None:
         try_all(options.root)
         return
     with tempfile.TemporaryDirectory() as name:
-        root = (options.root or Path(name, "root")).resolve()  # `name` itself is root's alone
+        root = (options.root or Path(name, "root")).resolve()  # Only root may enter `name`.
         root.mkdir(exist_ok=True)
         install(root)
         enter = ("unshare", "--net", "--mount", sys.executable, __file__)
