@@ -97,10 +97,11 @@ async def run(
             try:
                 async with trio.open_nursery() as servers:
                     listeners = await start(handler, options, sockets, shutdown, servers)
-                    opened = [one.socket for one in listeners if one.socket.fileno() >= 0]
+                    opened = (one.socket for one in listeners if one.socket.fileno() >= 0)
+                    urls = [format_url(one.getsockname()) for one in opened]
                     view = View(account, shutdown, options.delay) if options.watch else None
                     if not shutdown.begun:
-                        helpers.start_soon(announce, opened, view)
+                        helpers.start_soon(announce, urls, view)
             except* (OSError, trio.ClosedResourceError) as group:
                 failure = group.exceptions[0]
             helpers.cancel_scope.cancel()
@@ -147,10 +148,9 @@ async def start(
     return listeners
 
 
-async def announce(sockets: list[trio.socket.SocketType], view: View | None) -> None:
+async def announce(urls: list[str], view: View | None) -> None:
     """Report that the server accepts connections: to the process manager, and on stdout."""
     notify("READY=1")
-    urls = [format_url(one.getsockname()) for one in sockets]
     lines = [*(f"Listening on {url} (Ctrl-C stops)" for url in urls), BANNER]
     await write_stdout("".join(f"{line}\n" for line in lines))
     if view is not None:
