@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 from process import Process, Start
 
 
@@ -18,7 +17,7 @@ def default_signals() -> None:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start the command with options; whatever is left of it when the test ends is killed."""
+    """Start the command with options. A process that still runs when the test ends is killed."""
     processes = []
 
     def start_process(*options: str, **settings: Any) -> Process:
@@ -33,7 +32,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def serve(start: Start) -> Start:
-    """Start the command on a free port of 127.0.0.1, and wait until it accepts."""
+    """Start the command on a free port of 127.0.0.1, and wait until it accepts connections."""
 
     def serve_process(*options: str, **settings: Any) -> Process:
         process = start("--host", "127.0.0.1", "--port", "0", *options, **settings)
@@ -41,14 +40,3 @@ def serve(start: Start) -> Start:
         return process
 
     return serve_process
-
-
-@pytest.fixture
-def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be a process that may start no more threads."""
-
-    async def fail(*_: object, **__: object) -> None:
-        await trio.lowlevel.checkpoint()
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(trio.to_thread, "run_sync", fail)

@@ -52,7 +52,7 @@ class Process:
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
-        """Where it says that it listens."""
+        """The addresses that it prints."""
         found = re.findall(r"Listening on http://\[?([^]\s]+?)\]?:(\d+) ", self.stdout)
         return [(host, int(port)) for host, port in found]
 
@@ -80,12 +80,30 @@ class Process:
             assert time.monotonic() < give_up, f"it took too long: {self.stderr}"
             time.sleep(0.01)
 
+    def wait_for_status(self, pattern: str) -> None:
+        """Let the server log its status again and again, until that matches."""
+
+        def matches() -> bool:
+            self.kill(signal.SIGUSR1)
+            time.sleep(0.05)
+            return re.search(pattern, self.stderr) is not None
+
+        self.wait_until(matches)
+
+    @property
+    def log(self) -> list[str]:
+        """The lines of the log without their times."""
+        return [re.sub(r"^[\d-]{10} [\d:]{8} ", "", line) for line in self.stderr.splitlines()]
+
     def kill(self, signum: int) -> None:
         os.kill(self.popen.pid, signum)
 
     def freeze(self) -> None:
-        """Hold the process up, until `thaw`."""
+        """Suspend the process, until `thaw`."""
         self.kill(signal.SIGSTOP)
+        self.wait_until_suspended()
+
+    def wait_until_suspended(self) -> None:
         status = Path(f"/proc/{self.popen.pid}/stat")
         self.wait_until(lambda: ") T " in status.read_text())
 
@@ -94,7 +112,7 @@ class Process:
 
     @property
     def descriptors(self) -> int:
-        """How many files it has open: each connection is one."""
+        """The number of open files: each connection is one."""
         return len(list(Path(f"/proc/{self.popen.pid}/fd").iterdir()))
 
     def wait(self, seconds: float = 10) -> int:
@@ -106,8 +124,8 @@ class Process:
         return self.wait(seconds)
 
 
-# Runs the rest of the command line as a process manager does: with the socket whose descriptor
-# comes first on that line as descriptor 3, and the variables of sd_listen_fds(3).
+# Runs the rest of the command line as a process manager does. The socket whose descriptor comes
+# first on that line becomes descriptor 3. The variables are those of sd_listen_fds(3).
 ACTIVATE = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
@@ -119,14 +137,20 @@ Start = Callable[..., Process]
 """A fixture that starts the command with options, and settings for `Process`."""
 
 
-def activated(start: Start, descriptor: int, *options: str) -> Process:
+def changed(text: str) -> dict[str, Sequence[str]]:
+    """Return settings for `Process`: run some code first, and then the command."""
+    command = "import sys\nfrom trio_server.command import main\nsys.exit(main())\n"
+    return {"program": ("-c", f"{text}\n{command}")}
+
+
+def activated(start: Start, descriptor: int, *options: str, **settings: Any) -> Process:
     """Start the command with an inherited socket."""
     activate = (sys.executable, "-c", ACTIVATE, str(descriptor))
-    return start("--port", "0", *options, prefix=activate, pass_fds=[descriptor])
+    return start("--port=0", *options, prefix=activate, pass_fds=[descriptor], **settings)
 
 
 def free_port(host: str) -> int:
-    """Find a port that nobody listens on."""
+    """Return a port that no program listens on."""
     with socket.create_server((host, 0)) as probe:
         port: int = probe.getsockname()[1]
         return port
@@ -143,7 +167,7 @@ def receive_all(client: socket.socket) -> bytes:
 
 
 def tool(name: str) -> str:
-    """Find a program that a test needs; without it the test is skipped, and fails in CI."""
+    """Return the path of a program. Without it the test is skipped, and fails in CI."""
     # Debian has HAProxy where only root's PATH looks.
     path = shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin")
     if path is None:
@@ -158,7 +182,7 @@ def request(
     timeout: float = 20,
     is_answer: Callable[[bytes], bool] = REPLY.__eq__,
 ) -> str:
-    """Be a client; return "answered" or what went wrong."""
+    """Send a request; return "answered" or what went wrong."""
     try:
         with socket.create_connection(address, timeout=timeout) as client:
             client.sendall(text)
@@ -174,7 +198,7 @@ def hammering(
     clients: int,
     ask: Callable[[tuple[str, int]], str] = request,
 ) -> Iterator[Counter[str]]:
-    """Let clients send request after request; yield the counts of what they get."""
+    """Let clients send request after request; yield how often each result came."""
     results: Counter[str] = Counter()
     stop = threading.Event()
 

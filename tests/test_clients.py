@@ -1,20 +1,26 @@
 """The programs that people try the server with, against the real process."""
 
-import re
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from process import Process, Start, tool
 
-from trio_server.connection import REQUEST_SIZE
 from trio_server.responder import REPLY
 
 
-@pytest.fixture
-def server(serve: Start) -> Process:
-    return serve("--delay", "0.1")
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    options = ("--host=127.0.0.1", "--port=0", "--delay=0.1")
+    process = Process(tmp_path_factory.mktemp("server"), options)
+    try:
+        process.wait_for_banner()
+        yield process
+    finally:
+        process.popen.kill()
+        process.wait()
 
 
 def run(*command: str | Path, text: bytes = b"") -> bytes:
@@ -37,14 +43,17 @@ def test_curl_post(size: int, server: Process, tmp_path: Path) -> None:
     # Without `Expect: 100-continue`, curl sends the body at once.
     command = ("-si", "-H", "Expect:", "--data-binary", f"@{body}", server.url)
     assert run(tool("curl"), *command) == REPLY
-    server.wait_for_log("answered")
-    received = re.search(r"answered in [\d.]+ s: (\d+) bytes in", server.stderr)
-    assert received
-    assert int(received[1]) > REQUEST_SIZE  # curl stops once it has its reply
 
 
 def test_curl_head(server: Process) -> None:
     assert run(tool("curl"), "-sI", server.url) == REPLY.removesuffix(b"Hello World!")
+
+
+@pytest.mark.parametrize("size", [1500, 3_000_000])
+def test_wget_post(size: int, server: Process, tmp_path: Path) -> None:
+    body = file_of(size, tmp_path)
+    command = ("-q", "-O", "-", f"--post-file={body}", server.url)
+    assert REPLY.endswith(run(tool("wget"), *command))
 
 
 def test_netcat_with_a_typed_line(server: Process) -> None:
@@ -89,7 +98,9 @@ def test_ten_curls_at_once_take_one_delay(serve: Start) -> None:
     assert 1 <= time.monotonic() - before < 10
 
 
-def test_five_curls_that_give_up_during_the_work_went_away(serve: Start) -> None:
+def test_five_curls_that_stop_waiting_during_the_work_are_counted_as_went_away(
+    serve: Start,
+) -> None:
     server = serve("--delay", "0.6", "--log-level", "debug")
     curls = [subprocess.Popen([tool("curl"), "-s", "-m", "0.3", server.url]) for _ in range(5)]
     assert [curl.wait(20) for curl in curls] == [28] * 5  # its status for a timeout

@@ -1,4 +1,4 @@
-"""The files of `deployment`, as they are: they are valid, and hide what they promise to hide."""
+"""The files of `deployment`: they are valid, and a restart behind them loses no request."""
 
 import os
 import re
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).with_name("deployment")
 UNITS = ("trio-server.socket", "trio-server@.service")
 
 
-def test_load_balancers_hide_the_restart_of_each_of_three_servers() -> None:
+def test_a_restart_behind_each_load_balancer_loses_no_request() -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can make a network")
     for name in ("ip", "haproxy", "nginx"):
@@ -27,7 +27,7 @@ def test_load_balancers_hide_the_restart_of_each_of_three_servers() -> None:
     assert min(map(int, requests)) > 200
 
 
-def test_systemd_has_nothing_to_say_against_the_units(tmp_path: Path) -> None:
+def test_systemd_accepts_the_units_without_a_warning(tmp_path: Path) -> None:
     # A folder that looks like a machine on which the server is installed.
     shutil.copytree("/usr/lib/systemd/system", tmp_path / "usr/lib/systemd/system", symlinks=True)
     program = tmp_path / "opt/trio_server/.venv/bin/trio-server"
@@ -44,13 +44,13 @@ def test_systemd_has_nothing_to_say_against_the_units(tmp_path: Path) -> None:
 
 
 def number(name: str, pattern: str) -> int:
-    """Find a number in a file."""
+    """Return a number of a file."""
     found = re.search(pattern, (FOLDER / name).read_text())
     assert found, pattern
     return int(found[1])
 
 
-def test_nobody_kills_before_the_grace_period_is_over() -> None:
+def test_no_process_manager_kills_before_the_grace_period_is_over() -> None:
     grace_period = number("trio-server@.service", r"--grace-period (\d+)")
     assert number("trio-server@.service", r"TimeoutStopSec=(\d+)") > grace_period
     assert number("Dockerfile", r"--stop-timeout (\d+)") > 30  # the default
@@ -61,14 +61,14 @@ def test_nobody_kills_before_the_grace_period_is_over() -> None:
     assert longest > pause + grace_period
 
 
-def test_kubernetes_gets_all_that_a_rollout_without_loss_needs() -> None:
+def test_the_kubernetes_file_has_all_that_a_rollout_without_loss_needs() -> None:
     documents = (FOLDER / "kubernetes.yaml").read_text().split("---\n")
     kinds = [
         match[1] for text in documents if (match := re.search(r"^kind: (\w+)", text, re.MULTILINE))
     ]
     assert kinds == ["Deployment", "Service", "PodDisruptionBudget"]
     for document in documents:
-        assert "app: trio-server" in document  # what the three agree on
+        assert "app: trio-server" in document  # the label by which they find each other
     for needed in (
         "maxUnavailable: 0",
         "readinessProbe:",

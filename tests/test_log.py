@@ -1,132 +1,247 @@
-"""The log: what nobody who stops reading it may do to the server."""
+"""The log: no line is lost, and a reader that has stopped reading delays nothing."""
 
 import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
-import trio
-from process import Start, free_port, receive_all, request, tool
-from trio.testing import MockClock
+from process import (
+    Process,
+    Start,
+    changed,
+    file_limit,
+    free_port,
+    receive_all,
+    request,
+    tool,
+)
 
-from trio_server import log as log_module
-from trio_server.account import SHOWN, first_line
-from trio_server.log import LAST_SECOND, JournalFormatter, Log, OncePerSecond
-from trio_server.responder import REPLY
+from trio_server.command import log as log_module
+from trio_server.command.log import JournalFormatter, Log, OncePerSecond, TimeFormatter
 
-SLACK = 0.9  # seconds; a busy machine is late
+# A responder that logs a line, and ends the whole server.
+FAILING = """
+import logging
+import trio_server.command
+
+class Bug(BaseException):
+    pass
+
+async def fail(request, *, delay):
+    logging.getLogger("trio_server").info("the last line before the end")
+    raise {}
+
+trio_server.command.hello_world = fail
+"""
 
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is written, each time: without a thread, as these tests' clock is no real one."""
+    """Collect each text that is written at once."""
     texts: list[str] = []
-
-    async def write(_: object, text: str) -> None:
-        await trio.lowlevel.checkpoint()
-        texts.append(text)
-
-    monkeypatch.setattr(log_module, "write", write)
+    monkeypatch.setattr(log_module, "write_all", lambda _, text: texts.append(text))
     return texts
 
 
 @pytest.fixture
-def stalled(tmp_path: Path) -> int:
-    """Open a FIFO that nobody reads."""
+def unread() -> Iterator[int]:
+    """Open a pipe that is full, and that no program reads."""
+    reader, writer = os.pipe()
+    fill(writer)
+    yield writer
+    os.close(reader)
+    os.close(writer)
+
+
+def fill(descriptor: int) -> None:
+    """Leave no room in a pipe, and leave it blocking."""
+    os.set_blocking(descriptor, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(descriptor, b"x")
+    os.set_blocking(descriptor, True)
+
+
+def record_of(text: str) -> logging.LogRecord:
+    return logging.makeLogRecord({"msg": text, "levelno": logging.INFO, "levelname": "INFO"})
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    give_up = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
+
+
+def end_within_5_seconds(process: Process) -> int:
+    """Wait for the end, for which the log may need a second. Return the exit status."""
+    return process.wait(5)
+
+
+def test_no_line_is_lost_however_the_process_ends(start: Start) -> None:
+    start_on_free_port = partial(start, "--host=127.0.0.1", "--port=0")
+    errors = ("SystemExit(3)", "Bug('of the responder')", "KeyboardInterrupt")
+    failing = [start_on_free_port(**changed(FAILING.format(error))) for error in errors]
+    stopped, stopped_twice = start_on_free_port("--delay=0"), start_on_free_port("--delay=60")
+    for process in (*failing, stopped, stopped_twice):
+        process.wait_for_banner()
+    failed_start = start("--host=127.0.0.1", f"--port={stopped.port}")
+    last_lines = ("SystemExit: 3", "Bug: of the responder", "KeyboardInterrupt")
+    for process, last_line in zip(failing, last_lines, strict=True):
+        with process.connect() as client:
+            client.sendall(b"hi\n")
+            assert receive_all(client) == b""
+        assert end_within_5_seconds(process) == 1
+        assert "INFO the last line before the end" in process.stderr
+        assert " cut off after " in process.stderr
+        assert "CRITICAL the server has failed" in process.stderr
+        assert last_line in process.stderr  # of the traceback
+    assert failed_start.wait() == 1
+    assert " is already in use" in failed_start.stderr
+    with stopped_twice.connect() as client:
+        client.sendall(b"hi\n")
+        stopped_twice.wait_for_status("1 in flight")
+        stopped_twice.kill(signal.SIGTERM)
+        stopped_twice.wait_for_log("SIGTERM: shutting down")
+        time.sleep(0.5)
+        assert stopped_twice.stop() == 1
+    assert " cut off after " in stopped_twice.stderr
+    assert "INFO stopped: 0 answered, " in stopped_twice.log[-1]
+    assert request(stopped.addresses[0]) == "answered"
+    assert stopped.stop() == 0
+    assert len(stopped.log) == 3
+    assert "INFO stopped: 1 answered, " in stopped.log[-1]
+
+
+def test_a_reader_that_has_stopped_reading_cannot_delay_the_end(start: Start, unread: int) -> None:
+    crashing = start(
+        "--host=127.0.0.1", "--port=0", stderr=unread, **changed(FAILING.format("SystemExit(3)"))
+    )
+    stopped = start("--host=127.0.0.1", "--port=0", "--delay=0", stderr=unread)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        failed_start = start("--host=127.0.0.1", f"--port={port}", stderr=unread)
+        crashing.wait_for_banner()
+        stopped.wait_for_banner()
+        request(crashing.addresses[0])
+        assert [request(stopped.addresses[0]) for _ in range(20)] == ["answered"] * 20
+        stopped.kill(signal.SIGTERM)
+        assert end_within_5_seconds(failed_start) == 1
+    assert end_within_5_seconds(crashing) == 1
+    assert end_within_5_seconds(stopped) == 0
+
+
+def test_after_a_pause_the_reader_gets_the_lines_and_the_number_of_dropped_ones(
+    serve: Start, tmp_path: Path
+) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    return os.open(fifo, os.O_RDWR)
-
-
-def test_a_reader_that_stalls_holds_up_neither_serving_nor_stopping(
-    serve: Start, stalled: int
-) -> None:
-    process = serve("--delay", "0", stderr=stalled)
-    report = subprocess.check_output(
-        [tool("ab"), "-q", "-n", "5000", "-c", "20", process.url], text=True, timeout=60
-    )
-    assert "Complete requests:      5000\n" in report
-    assert "Failed requests:        0\n" in report
-    before = time.monotonic()
-    assert process.stop(signal.SIGTERM) == 0
-    assert time.monotonic() - before < 1 + LAST_SECOND + SLACK
-    os.close(stalled)
-
-
-def test_a_reader_that_comes_back_gets_the_lines_and_the_number_of_those_that_were_dropped(
-    serve: Start, stalled: int
-) -> None:
-    program = """
-import sys, trio_server.log as log, trio_server.__main__ as command
-log.BUFFER_SIZE = 100
-sys.argv[1:] = sys.argv[4:]
-sys.exit(command.main())
-"""
-    small = (sys.executable, "-c", program)
-    process = serve("--delay", "0", stderr=stalled, prefix=small)
-    subprocess.check_call(
-        [tool("ab"), "-q", "-n", "3000", "-c", "20", process.url], stdout=subprocess.DEVNULL
-    )
-    text, give_up = "", time.monotonic() + 10
-    while "were dropped" not in text and time.monotonic() < give_up:
-        text += os.read(stalled, 1 << 20).decode()
+    stderr = os.open(fifo, os.O_RDWR)
+    small = changed("import trio_server.command.log as log\nlog.BUFFER_SIZE = 100\n")
+    process = serve("--delay", "0", stderr=stderr, **small)
+    ab(process, 1500)  # A pipe holds 700 lines, about.
+    text = ""
+    while "were dropped" not in text:
+        text += os.read(stderr, 1 << 20).decode()
     assert process.stop() == 0
-    text += os.read(stalled, 1 << 20).decode()
+    text += os.read(stderr, 1 << 20).decode()
+    os.close(stderr)
     dropped = sum(map(int, re.findall(r"WARNING (\d+) lines of this log were dropped", text)))
-    # Each line is there or counted: 3,000 clients, the shutdown and its end, the counts.
-    assert len(re.findall(r" answered in |SIGTERM: |stopped: ", text)) + dropped == 3002
-    os.close(stalled)
+    # Each line is there or counted: 1,500 clients, and two lines for the end.
+    assert len(re.findall(r" answered in |SIGTERM: |stopped: ", text)) + dropped == 1502
 
 
-@pytest.mark.parametrize("stderr", ["/dev/full", "closed"])
-def test_a_log_that_cannot_be_written_is_no_reason_to_stop(stderr: str, serve: Start) -> None:
-    redirected = "2>&-" if stderr == "closed" else f"2>{stderr}"
-    process = serve("--delay", "0", prefix=("sh", "-c", f'exec "$@" {redirected}', "sh"))
-    for _ in range(20):
-        with process.connect() as client:
-            client.sendall(b"hi")
-            assert receive_all(client) == REPLY
-    assert process.stop() == 0
+def ab(process: Process, requests: int) -> None:
+    """Send requests from 20 clients at a time."""
+    command = [tool("ab"), "-q", "-n", str(requests), "-c", "20", process.url]
+    report = subprocess.check_output(command, text=True, timeout=60)
+    assert f"Complete requests:      {requests}\n" in report
+    assert "Failed requests:        0\n" in report
 
 
-def test_lines_that_are_left_at_the_end_are_written(serve: Start) -> None:
-    process = serve("--delay", "0")
-    with process.connect() as client:
-        client.sendall(b"hi")
-        assert receive_all(client) == REPLY
-    assert process.stop() == 0
-    *_, last = lines = process.stderr.splitlines()
-    assert len(lines) == 3
-    assert " INFO stopped: 1 answered, " in last
+def test_a_log_that_cannot_be_written_does_not_end_the_server(start: Start) -> None:
+    processes = [
+        start(
+            *("--host=127.0.0.1", "--port=0", "--delay=0"),
+            prefix=("sh", "-c", f'exec "$@" {redirected}', "sh"),
+        )
+        for redirected in ("2>/dev/full", "2>&-")
+    ]
+    for process in processes:
+        process.wait_for_banner()
+        assert [request(process.addresses[0]) for _ in range(20)] == ["answered"] * 20
+        process.kill(signal.SIGTERM)
+    assert [process.wait() for process in processes] == [0, 0]
+
+
+def test_a_reader_of_stdout_that_has_stopped_reading_delays_neither_serving_nor_stopping(
+    start: Start, unread: int
+) -> None:
+    port = free_port("127.0.0.1")
+    process = start("--host=127.0.0.1", f"--port={port}", "--delay=0", stdout=unread)
+    process.wait_until(lambda: request(("127.0.0.1", port)) == "answered")
+    process.kill(signal.SIGTERM)
+    assert end_within_5_seconds(process) == 0
+
+
+def test_a_non_blocking_stderr_gets_each_line(serve: Start) -> None:
+    reader, writer = os.pipe()
+    process = serve("--delay", "0", stderr=writer)
+    os.set_blocking(writer, False)
+    ab(process, 1000)  # A pipe holds 700 lines, about.
+    with ThreadPoolExecutor(1) as pool, os.fdopen(reader, encoding="ascii") as log:
+        lines = pool.submit(log.readlines)
+        assert process.stop() == 0
+        os.close(writer)
+        assert sum(" answered in " in line for line in lines.result()) == 1000
+        for line in lines.result():
+            assert re.match(r"\d{4}-\d\d-\d\d [\d:]{8} INFO .*\n", line)
+
+
+def switches(process: Process) -> int:
+    """Return how often the threads of a process have waited for something."""
+    tasks = Path(f"/proc/{process.popen.pid}/task").iterdir()
+    texts = [(task / "status").read_text() for task in tasks]
+    return sum(int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0]) for text in texts)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts them here")
+def test_an_idle_server_does_not_wake_up(serve: Start) -> None:
+    process = serve("--delay=0")
+    assert request(process.addresses[0]) == "answered"
+    process.wait_for_log("answered")
+    time.sleep(0.3)  # The last line is written, and the handler has ended.
+    before = switches(process)
+    time.sleep(0.5)
+    assert switches(process) - before <= 2
 
 
 def test_in_the_journal_each_line_has_its_priority_and_no_time(
     start: Start, tmp_path: Path
 ) -> None:
+    options = ("--host=127.0.0.1", "--port=0")
+    other = start(*options, env={**os.environ, "JOURNAL_STREAM": "1:2"})
     with (tmp_path / "journal").open("wb") as journal:
         stat = os.fstat(journal.fileno())
-        process = start(
-            "--host=127.0.0.1",
-            "--port=0",
-            stderr=journal,
-            env={**os.environ, "JOURNAL_STREAM": f"{stat.st_dev}:{stat.st_ino}"},
-        )
-        process.wait_for_banner()
-        assert process.stop() == 0
+        environment = {**os.environ, "JOURNAL_STREAM": f"{stat.st_dev}:{stat.st_ino}"}
+        process = start(*options, stderr=journal, env=environment)
+        for one in (process, other):
+            one.wait_for_banner()
+            assert one.stop() == 0
     lines = (tmp_path / "journal").read_text().splitlines()
     assert [line[:9] for line in lines] == ["<6>SIGTER", "<6>stoppe"]
-
-
-def test_somebody_elses_journal_is_not_ours(serve: Start) -> None:
-    process = serve(env={**os.environ, "JOURNAL_STREAM": "1:2"})
-    assert process.stop() == 0
-    assert re.match(r"[\d-]{10} [\d:]{8} INFO SIGTERM", process.stderr)
+    assert re.match(r"[\d-]{10} [\d:]{8} INFO SIGTERM", other.stderr)
 
 
 def test_each_line_of_a_traceback_has_the_priority() -> None:
@@ -139,149 +254,111 @@ def test_each_line_of_a_traceback_has_the_priority() -> None:
     assert all(line.startswith("<3>") for line in lines)
 
 
-def test_of_the_complaints_at_the_file_limit_one_a_second_is_shown(
+def test_the_time_of_a_line_is_formatted_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    formatted = []
+    format_time = logging.Formatter.formatTime
+
+    def count(
+        formatter: logging.Formatter, record: logging.LogRecord, datefmt: str | None = None
+    ) -> str:
+        formatted.append(record.created)
+        return format_time(formatter, record, datefmt)
+
+    monkeypatch.setattr(logging.Formatter, "formatTime", count)
+    formatter = TimeFormatter("%(asctime)s %(message)s", "%H:%M:%S")
+    formatter.converter = time.gmtime
+    shown = []
+    for created in (1000.0, 1000.4, 1000.99, 1001.0, 1001.5, 1060.0):
+        record = record_of("a line")
+        record.created = created
+        shown.append(formatter.format(record))
+    assert shown == [
+        *["00:16:40 a line"] * 3,
+        *["00:16:41 a line"] * 2,
+        "00:17:40 a line",
+    ]
+    assert formatted == [1000.0, 1001.0, 1060.0]
+
+
+def test_one_failed_accept_a_second_is_logged_without_its_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    shown = OncePerSecond()
+    once = OncePerSecond()
     record = logging.makeLogRecord({"exc_info": (ValueError, ValueError(), None)})
     passed = []
     for _ in range(25):
-        passed.append(shown.filter(record))
+        passed.append(once.filter(record))
         now += 0.1
     assert passed.count(True) == 3
     assert record.exc_info is None
 
 
-async def test_what_has_gathered_is_written_at_once(
-    nursery: trio.Nursery, autojump_clock: MockClock, written: list[str]
+def test_at_the_limit_of_open_files_clients_wait_and_one_line_a_second_says_so(
+    serve: Start,
 ) -> None:
-    log = Log()
-    nursery.start_soon(log.run)
-    for number in range(500):
-        log.say(f"line {number}")
-    await trio.sleep(1)
-    assert written == ["".join(f"line {number}\n" for number in range(500))]
-    log.say("the last")
-    log.end()
-    await trio.sleep(1)
-    assert written[1:] == ["the last\n"]
-
-
-async def test_without_a_thread_lines_are_lost_and_nothing_else(no_threads: None) -> None:
-    log = Log()
-    log.say("lost")
-    log.end()
-    await log.run()
-
-
-def fill(descriptor: int) -> None:
-    """Leave no room in a pipe, and leave it blocking."""
-    os.set_blocking(descriptor, False)
-    with suppress(BlockingIOError):
-        while True:
-            os.write(descriptor, b"x")
-    os.set_blocking(descriptor, True)
-
-
-def test_a_start_that_fails_ends_although_nobody_reads_why(serve: Start, start: Start) -> None:
-    reader, writer = os.pipe()
-    fill(writer)
-    port = str(serve().port)
-    process = start("--host", "127.0.0.1", "--port", port, stderr=writer)
-    assert process.wait() == 1
-    os.close(reader)
-    os.close(writer)
-
-
-def test_nobody_reads_stdout_and_it_serves_and_stops(start: Start) -> None:
-    reader, writer = os.pipe()
-    fill(writer)
-    port = free_port("127.0.0.1")
-    process = start("--host", "127.0.0.1", "--port", str(port), "--delay", "0", stdout=writer)
-    process.wait_until(lambda: request(("127.0.0.1", port)) == "answered")
+    process = serve("--delay=0.7", prefix=file_limit(20))
+    begun = time.monotonic()
+    with ThreadPoolExecutor(20) as pool:
+        assert set(pool.map(request, process.addresses * 20)) == {"answered"}
     assert process.stop() == 0
-    os.close(reader)
-    os.close(writer)
+    lines = [line for line in process.log if "open files" in line]
+    assert 1 <= len(lines) <= time.monotonic() - begun + 1
+    assert "Traceback" not in process.stderr
+    assert "20 answered, " in process.log[-1]
 
 
-def test_a_stderr_that_somebody_has_made_non_blocking_gets_each_line(serve: Start) -> None:
-    reader, writer = os.pipe()
-    process = serve("--delay", "0", stderr=writer)
-    os.set_blocking(writer, False)
-    subprocess.check_call(
-        [tool("ab"), "-q", "-n", "2000", "-c", "20", process.url], stdout=subprocess.DEVNULL
-    )
-    text = ""
-    while text.count(" answered in ") < 2000:
-        text += os.read(reader, 100_000).decode()
-    assert process.stop() == 0
-    os.close(writer)
-    text += "".join(iter(lambda: os.read(reader, 100_000).decode(), ""))
-    os.close(reader)
-    assert all(re.match(r"\d{4}-\d\d-\d\d [\d:]{8} INFO ", line) for line in text.splitlines())
+def test_lines_that_follow_each_other_closely_are_written_at_once(written: list[str]) -> None:
+    log = Log()
+    lines = [f"line {number}" for number in range(7)]
+    for line in lines:
+        log.handle(record_of(line))
+        time.sleep(0.002)
+    log.close()
+    assert "".join(written).splitlines() == lines
+    assert len(written) <= 3
 
 
-async def test_with_a_full_buffer_the_count_and_what_was_asked_for_are_written_all_the_same(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, written: list[str]
+def test_with_a_full_buffer_lines_are_dropped_and_counted(
+    written: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_module, "BUFFER_SIZE", 3)
     log = Log()
-    for number in range(10):
-        log.handle(logging.makeLogRecord({"msg": f"line {number}", "levelno": 20}))
-    log.say("stopped")
-    log.fail("trio-server: why")
-    log.end()
-    await log.run()
-    assert "".join(written).splitlines() == [
-        *("line 0", "line 1", "line 2", "stopped", "trio-server: why"),
-        "7 lines of this log were dropped",
-    ]
+    monkeypatch.setattr(log_module.logger, "handlers", [log])
+    monkeypatch.setattr(log_module.logger, "propagate", False)
+    reading = threading.Event()
+
+    def write(_: int, text: str) -> None:
+        assert reading.wait(10)
+        written.append(text)
+
+    monkeypatch.setattr(log_module, "write_all", write)
+    log.handle(record_of("line 0"))
+    wait_until(lambda: not log._lines)  # noqa: SLF001 - The thread waits for its reader now.
+    for number in range(1, 11):
+        log.handle(record_of(f"line {number}"))
+    reading.set()
+    wait_until(lambda: written and "dropped" in written[-1])
+    log.close()
+    *lines, count = "".join(written).splitlines()
+    assert lines == ["line 0", "line 1", "line 2", "line 3"]
+    assert count.startswith("7 lines of this log were dropped")
 
 
-async def test_while_it_is_held_the_first_warnings_are_kept_and_the_last_ones_known(
-    nursery: trio.Nursery, autojump_clock: MockClock, written: list[str]
+def test_without_a_thread_a_line_is_written_at_once_or_dropped(
+    monkeypatch: pytest.MonkeyPatch, written: list[str]
 ) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
     log = Log()
-    log.held = True
-    nursery.start_soon(log.run)
-    for number in range(150):
-        for level in (logging.INFO, logging.WARNING):
-            log.handle(logging.makeLogRecord({"msg": f"line {number}", "levelno": level}))
-    await trio.sleep(10)
-    assert written == []
-    assert list(log.warnings) == ["line 147", "line 148", "line 149"]
-    log.end()
-    await trio.sleep(1)
-    assert "".join(written).splitlines() == [
-        *(f"line {number}" for number in range(100)),
-        "50 lines of this log were dropped",
-    ]
-
-
-def test_why_it_cannot_start_has_the_priority_of_an_error_in_the_journal() -> None:
-    log = Log()
-    log.setFormatter(JournalFormatter())
-    log.fail("trio-server: why")
-    assert list(log._lines) == ["<3>trio-server: why"]  # noqa: SLF001 - written by a thread
-
-
-@pytest.mark.parametrize(
-    ("request_bytes", "shown"),
-    [
-        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "GET / HTTP/1.1"),
-        (b"\r\n\r\nhi\n", "hi"),
-        (b"", ""),
-        (b"\n", ""),
-        (b"\x00\x1b[2J\x7f\x9b\t", r"\x00\x1b[2J\x7f\x9b\t"),
-        ("é…".encode(), r"\xc3\xa9\xe2\x80\xa6"),
-        (b'it\'s "quoted" \\', r"it\'s \"quoted\" \\"),
-        (b"a\rb", r"a\rb"),
-        (b"x" * 100, "x" * SHOWN),
-        (b"\xff" * 100, r"\xff" * (SHOWN // 4)),
-    ],
-)
-def test_a_request_is_shown_so_that_it_is_harmless(request_bytes: bytes, shown: str) -> None:
-    assert first_line(request_bytes) == shown
-    assert len(shown) <= SHOWN == 60
+    readable = True
+    monkeypatch.setattr("select.select", lambda *_: ([], [2] if readable else [], []))
+    log.handle(record_of("one"))
+    assert written == ["one\n"]
+    readable = False
+    log.handle(record_of("the reader has stopped reading"))
+    log.close()
+    assert written == ["one\n"]

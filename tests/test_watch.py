@@ -1,4 +1,7 @@
+"""The live view: what it draws, and that it leaves the terminal as it was."""
+
 import fcntl
+import itertools
 import logging
 import math
 import os
@@ -6,228 +9,239 @@ import pty
 import re
 import signal
 import struct
-import subprocess
-import sys
 import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import trio
-from process import Process, Start, file_limit, request, tool
+from process import Process, Start, changed, request, tool
 
-from trio_server import watch
-from trio_server.__main__ import announce
-from trio_server.account import Outcome
-from trio_server.connection import Connection
-from trio_server.log import Log
+from trio_server.account import Account, Exchange, Outcome
+from trio_server.command import watch
+from trio_server.command.watch import ENTER, LEAVE, View, frame
 from trio_server.shutdown import Shutdown
-from trio_server.watch import ENTER, LEAVE, View, frame
 
 URLS = ["http://127.0.0.1:1729"]
 WIDE = (80, 24)
 
 
 @pytest.fixture
-def shutdown(autojump_clock: object) -> Shutdown:
-    return Shutdown()
+def view() -> View:
+    return View(Account(), Shutdown(), 4)
 
 
-@pytest.fixture
-def log() -> Log:
-    return Log()
+def add(view: View, port: int, request: bytes = b"", received_at: float = math.nan) -> Exchange:
+    """Add a connection that was made at second 0, and perhaps has a request in flight."""
+    peer = f"127.0.0.1:{port}"
+    exchange = Exchange(peer, request, accepted_at=0.0, received_at=received_at)
+    view.account.open[exchange] = None
+    return exchange
 
 
-@pytest.fixture
-def view(shutdown: Shutdown, log: Log) -> View:
-    return View(shutdown, 4, log)
+def answer(exchange: Exchange, answered_at: float) -> None:
+    exchange.outcome, exchange.answered_at = Outcome.ANSWERED, answered_at
 
 
-def add(view: View, port: int, request: bytes = b"", **state: Any) -> Connection:
-    """Add a connection that was made at second 0; the clock of these tests stands still there."""
-    stream = cast("trio.SocketStream", None)  # No client is waited for here.
-    connection = Connection(f"127.0.0.1:{port}", stream, 30, Shutdown(), view, request)
-    for name, value in {"accepted_at": 0.0, "bytes_in": len(request), **state}.items():
-        setattr(connection, name, value)
-    view.begin(connection)
-    return connection
+def end(view: View, exchange: Exchange, outcome: Outcome) -> None:
+    exchange.outcome = outcome
+    del view.account.open[exchange]
+    view.account.ended.append(exchange)
+    view.account.outcomes[outcome] += 1
 
 
-def working(view: View, port: int, request: bytes, start: float) -> Connection:
-    return add(view, port, request, in_flight=True, received_at=start, started_at=start)
+def warn(view: View, text: str) -> None:
+    view.warnings.append(logging.makeLogRecord({"msg": text}))
 
 
-def end(connection: Connection, outcome: Outcome, replied_at: float | None = None) -> None:
-    connection.in_flight, connection.closed = False, True
-    connection.outcome, connection.replied_at = outcome, replied_at
-    connection.connections.end(connection)
-
-
-async def test_every_state_of_a_connection_is_shown_the_oldest_first(view: View) -> None:
-    end(working(view, 1, b"GET / HTTP/1.1\r\n", 0), Outcome.ANSWERED, 4.001)
-    end(working(view, 2, b"GET / HTTP/1.1\r\n", 0), Outcome.WENT_AWAY)
-    working(view, 3, b"GET / HTTP/1.1\r\n", 10.1)
-    working(view, 4, b"POST /form HTTP/1.1\r\n", 12)
+async def test_each_state_of_a_connection_is_shown_and_the_oldest_comes_first(view: View) -> None:
+    answered = add(view, 1, b"GET / HTTP/1.1\r\n", 0)
+    answer(answered, 4.001)
+    end(view, answered, Outcome.ANSWERED)
+    end(view, add(view, 2, b"GET / HTTP/1.1\r\n", 0), Outcome.WENT_AWAY)
+    add(view, 3, b"GET / HTTP/1.1\r\n", 10.1)
+    add(view, 4, b"POST /form HTTP/1.1\r\n", 12)
     add(view, 5)
-    add(view, 6, b"hi", in_flight=True, received_at=9.5)
-    add(view, 7, b"hi", received_at=7.0, started_at=7.0, replied_at=11.002)
-    working(view, 8, b"late", 2)
+    answer(add(view, 6, b"hi", 7), 11.002)
+    add(view, 7, b"late", 2)
 
     assert view.draw(URLS, (90, 24), now=13) == [
-        "trio_server on http://127.0.0.1:1729 · 4 in flight · 2 idle · 1 answered · 1 went away",
+        "trio_server on http://127.0.0.1:1729 · 3 in flight · 2 idle · 1 answered · 1 went away",
         "127.0.0.1:3            GET / HTTP/1.1    ██████████████▌░░░░░  2.9 s",
         "127.0.0.1:4            POST /form HTTP…  █████░░░░░░░░░░░░░░░  1.0 s",
         "127.0.0.1:5                              connected, has sent nothing for 13 s",
-        "127.0.0.1:6            hi                waits for a permit, 3.5 s",
-        "127.0.0.1:7            hi                4.002 s, has not closed yet",
-        "127.0.0.1:8            late              ████████████████████  11.0 s",
+        "127.0.0.1:6            hi                4.002 s, has not closed yet",
+        "127.0.0.1:7            late              ████████████████████  11.0 s",
         "── answered ──",
         "127.0.0.1:1            GET / HTTP/1.1    4.001 s",
     ]
 
 
-async def test_with_nobody_there_is_one_line(view: View) -> None:
+def test_in_40_columns_the_peer_and_the_time_are_left(view: View) -> None:
+    add(view, 34674, b"GET / HTTP/1.1\r\n", 10.1)
+    add(view, 34702)
+    assert view.draw(URLS, (40, 24), now=13) == [
+        "1 in flight · 1 idle",
+        "127.0.0.1:34674        GET …    2.9 s",
+        "127.0.0.1:34702               connected",
+    ]
+
+
+def test_without_clients_there_is_one_line(view: View) -> None:
     expected = ["trio_server on http://127.0.0.1:1729 · 0 in flight · 0 idle"]
     assert view.draw(URLS, WIDE, now=0) == expected
 
 
-async def test_what_does_not_fit_is_counted(view: View) -> None:
+async def test_connections_that_do_not_fit_are_counted(view: View) -> None:
     for port in range(10_000):
-        working(view, port, b"GET / HTTP/1.1\r\n", 0)
+        add(view, port, b"GET / HTTP/1.1\r\n", 0)
     for port in range(50):
-        end(working(view, port, b"GET / HTTP/1.1\r\n", 0), Outcome.ANSWERED, 4.0)
-
+        answered = add(view, port, b"GET / HTTP/1.1\r\n", 0)
+        answer(answered, 4.0)
+        end(view, answered, Outcome.ANSWERED)
     lines = view.draw(URLS, WIDE, now=1)
     assert lines[16:18] == ["… and 9,985 more", "── answered ──"]
     assert all("█████░░░░░░░░░░░░░░░" in line for line in lines[1:16])
     assert view.draw(URLS, (60, 24), now=1)[1].endswith("  ██░░░░░░░  1.0 s")
-    for columns in (1, 10, 40, 60, 80, 200):
-        for rows in (1, 2, 3, 10, 24, 60):
-            lines = view.draw(URLS, (columns, rows), now=1)
-            assert len(lines) == rows
-            assert max(map(len, lines)) <= columns - 1
+    warn(view, "a warning")
+    for columns, rows in itertools.product((1, 10, 40, 60, 80, 200), (1, 2, 3, 10, 24, 60)):
+        lines = view.draw(URLS, (columns, rows), now=1)
+        assert len(lines) == rows
+        assert max(map(len, lines)) <= columns - 1
+    assert view.draw(URLS, (0, 0), now=1) == view.draw(URLS, WIDE, now=1)  # The size is unknown.
 
 
 @pytest.mark.parametrize(
     "request_", [b"\x1b[2J\x1b]0;title\x07", bytes(range(256)), b"\xc2\x9b2J"]
 )
-async def test_what_a_client_sends_does_no_harm(view: View, request_: bytes) -> None:
-    working(view, 1, request_, 0)
+def test_a_request_cannot_move_the_cursor(view: View, request_: bytes) -> None:
+    add(view, 1, request_, 0)
     [_, line] = view.draw(URLS, WIDE, now=1)
     assert line.isprintable()
     assert re.sub("[█▌░…]", "", line).isascii()
 
 
-async def test_a_shutdown_says_how_many_seconds_are_left(view: View, shutdown: Shutdown) -> None:
-    shutdown.begin(30)
-    assert "· shutting down, 28 s left ·" in view.draw(URLS, (100, 24), trio.current_time() + 2)[0]
+async def test_a_shutdown_is_shown_with_the_seconds_that_are_left(
+    view: View, autojump_clock: object
+) -> None:
+    view.shutdown.begin(math.inf)
+    now = trio.current_time()
+    assert "· shutting down · 0 in flight" in view.draw(URLS, WIDE, now)[0]
+    view.shutdown.begin(30)
+    shown = view.draw(URLS, (100, 24), now + 2)[0]
+    assert shown.startswith("trio_server on http://127.0.0.1:1729 · shutting down, 28 s left · ")
+    assert "· shutting down, 0 s left ·" in view.draw(URLS, (100, 24), now + 31)[0]
+    narrow = view.draw([*URLS, "http://[::1]:1729"], WIDE, now)  # There is no room for the URLs.
+    assert narrow == ["shutting down, 30 s left · 0 in flight · 0 idle"]
 
 
-async def test_a_shutdown_without_an_end_says_no_seconds(view: View, shutdown: Shutdown) -> None:
-    shutdown.begin(math.inf)
-    assert "· shutting down · 0 in flight" in view.draw(URLS, WIDE, now=2)[0]
+def test_the_last_three_warnings_are_shown(view: View) -> None:
+    for number in range(200):
+        warn(view, f"{number} \x1b[2J\x9b2J")
+    shown = [f"! {number} \\x1b[2J\\x9b2J" for number in (197, 198, 199)]
+    assert view.draw(URLS, WIDE, now=0)[1:] == shown
+    assert len(view.warnings) == 100  # the most that it keeps
 
 
-def test_no_colour_and_no_unicode_where_they_are_not_wanted(
+def test_with_a_delay_of_zero_the_bar_is_full(view: View) -> None:
+    view = View(view.account, view.shutdown, 0)
+    add(view, 1, b"hi", 0)
+    assert "█" * 20 in view.draw(URLS, WIDE, now=1)[1]
+
+
+def test_there_is_no_colour_and_no_unicode_where_they_are_unwanted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr("locale.getencoding", lambda: "UTF-8")
-    assert frame(["·", "█▌░…"]) == "\x1b[H·\x1b[K\r\n█▌░…\x1b[J"
+    assert frame(["·", "█▌░…─"]) == "\x1b[H·\x1b[K\r\n█▌░…─\x1b[J"
     monkeypatch.setattr("locale.getencoding", lambda: "ANSI_X3.4-1968")
-    assert frame(["·", "█▌░…"]) == "\x1b[H|\x1b[K\r\n#=.~\x1b[J"
+    assert frame(["·", "█▌░…─"]) == "\x1b[H|\x1b[K\r\n#=.~-\x1b[J"
     monkeypatch.delenv("NO_COLOR")
     assert "\x1b[32m#=\x1b[m." in frame(["·", "█▌░…"])
 
 
-async def test_what_does_not_fit_beside_the_url_replaces_it(
-    view: View, shutdown: Shutdown
-) -> None:
-    shutdown.begin(30)
-    now = trio.current_time()
-    title = "shutting down, 30 s left · 0 in flight · 0 idle"
-    assert view.draw([*URLS, "http://[::1]:1729"], WIDE, now) == [title]
-    assert view.draw(URLS, (100, 24), now + 31) == [
-        "trio_server on http://127.0.0.1:1729 · shutting down, 0 s left · 0 in flight · 0 idle"
-    ]
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect each text that the view writes."""
+    texts: list[str] = []
 
-
-async def test_the_last_warnings_are_shown(view: View, log: Log) -> None:
-    for number in range(200):
-        log.emit(logging.makeLogRecord({"msg": "fine", "levelno": logging.INFO}))
-        text = f"{number} \x1b[2J\x9b2J\nTraceback"
-        log.emit(logging.makeLogRecord({"msg": text, "levelno": logging.WARNING}))
-    shown = [f"! {number} \\x1b[2J\\x9b2J" for number in (197, 198, 199)]
-    assert view.draw(URLS, WIDE, now=0)[1:] == shown
-
-
-async def test_an_exception_restores_the_terminal(
-    view: View, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: list[str] = []
-
-    async def write(_: object, text: str, __: object) -> None:
+    async def write(text: str, *_: object) -> None:
         await trio.lowlevel.checkpoint()
-        written.append(text)
+        texts.append(text)
 
-    monkeypatch.setattr(watch, "write", write)
+    monkeypatch.setattr(watch, "write_stdout", write)
+    return texts
 
-    async def fail() -> None:
-        await trio.sleep(0.95)
-        raise ValueError("of another task")
 
-    async def show_until_it_fails() -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(view.show, URLS)
-            nursery.start_soon(fail)
-
-    with pytest.raises(ExceptionGroup):
-        await show_until_it_fails()
-    assert written[0].startswith(ENTER)
+async def test_it_draws_ten_times_a_second_and_restores_the_terminal_when_it_is_cancelled(
+    view: View, autojump_clock: object, written: list[str]
+) -> None:
+    with trio.move_on_after(0.95):
+        await view.show(URLS)
+    assert written[0] == ENTER
     assert written[-1] == LEAVE
-    assert len(written) == 11  # ten a second
+    assert len(written) == 12
 
 
-async def test_what_is_written_last_comes_last_although_a_write_before_it_is_slow(
+async def test_a_view_that_fails_restores_the_terminal_and_does_not_end_the_server(
+    view: View,
+    autojump_clock: object,
+    written: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object) -> list[str]:
+        raise ValueError("cannot draw")
+
+    monkeypatch.setattr(view, "draw", fail)
+    await view.show(URLS)
+    assert written == [ENTER, LEAVE]
+    assert "ValueError: cannot draw" in caplog.text
+
+
+async def test_the_terminal_is_restored_last_although_a_write_before_is_slow(
     view: View, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written: list[bytes] = []
+    texts: list[str] = []
 
-    def write(_: int, data: bytes) -> None:
-        time.sleep(0.1 if ENTER.encode() in data else 0)
-        written.append(data)
+    def write(_: int, text: str) -> None:
+        time.sleep(0.1 if text == ENTER else 0)
+        texts.append(text)
 
-    monkeypatch.setattr("trio_server.log._write", write)
-    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+    monkeypatch.setattr("trio_server.command.log.write_all", write)
     with trio.move_on_after(0.01):
         await view.show(URLS)
-    assert written[0].startswith(ENTER.encode())
-    assert written[1:] == [LEAVE.encode()]
+    assert texts == [ENTER, LEAVE]
 
 
-async def test_a_view_that_fails_does_not_end_the_server(
-    view: View, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_a_terminal_that_accepts_nothing_delays_the_end_by_a_second(
+    view: View, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fail(_: list[str]) -> None:
-        await trio.lowlevel.checkpoint()
-        raise OSError("no more files")
+    async def write(*_: object) -> None:
+        await trio.sleep_forever()
 
-    monkeypatch.setattr(view, "show", fail)
-    await announce(view, [])
-    assert "the view has ended, and the server goes on" in caplog.text
+    monkeypatch.setattr(watch, "write_stdout", write)
+    begun = trio.current_time()
+    with trio.move_on_after(5):
+        await view.show(URLS)
+    assert trio.current_time() - begun == 6
 
 
 class Terminal:
-    """A pseudo-terminal, and what a program has drawn in it."""
+    """A pseudo-terminal, and the text that a program has written to it."""
 
     def __init__(self, columns: int = 80, rows: int = 24) -> None:
         self.master, self.slave = pty.openpty()
         self.resize(columns, rows)
         self.before = termios.tcgetattr(self.slave)
         self._drawn = b""
+
+    def close(self) -> None:
+        os.close(self.master)
+        os.close(self.slave)
 
     @property
     def text(self) -> str:
@@ -240,7 +254,7 @@ class Terminal:
         os.write(self.master, keys)
 
     def read(self) -> None:
-        """Take in what has been drawn up to now."""
+        """Read what was written up to now."""
         os.set_blocking(self.master, False)
         try:
             while data := os.read(self.master, 65536):
@@ -250,7 +264,7 @@ class Terminal:
 
     @property
     def screen(self) -> list[str]:
-        """The lines of the last frame that is complete; none when the view is not there."""
+        """The lines of the last complete frame. There are none when the view has ended."""
         self.read()
         if self.text.rfind(LEAVE) > self.text.rfind(ENTER):
             return []
@@ -268,11 +282,16 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal() -> Iterator[Terminal]:
-    terminal = Terminal()
-    yield terminal
-    os.close(terminal.master)
-    os.close(terminal.slave)
+def terminals() -> Iterator[list[Terminal]]:
+    terminals = [Terminal() for _ in range(5)]
+    yield terminals
+    for terminal in terminals:
+        terminal.close()
+
+
+@pytest.fixture
+def terminal(terminals: list[Terminal]) -> Terminal:
+    return terminals[0]
 
 
 def start_in(terminal: Terminal, start: Start, *options: str, **settings: Any) -> Process:
@@ -290,164 +309,119 @@ def address(terminal: Terminal) -> tuple[str, int]:
     return "127.0.0.1", int(found[1])
 
 
+def wait_for_lines(terminal: Terminal, number: int) -> list[str]:
+    return terminal.wait_for(lambda screen: len(screen) == number)
+
+
 def client(server: tuple[str, int]) -> threading.Thread:
     thread = threading.Thread(target=request, args=(server,))
     thread.start()
     return thread
 
 
-def test_three_clients_are_seen_at_work_and_ctrl_c_shows_the_shutdown(
+# A responder that fails for some requests.
+FAILING = """
+import trio_server.command
+hello_world = trio_server.command.hello_world
+
+async def fail_sometimes(request, *, delay):
+    if request.startswith(b"fail"):
+        raise ValueError("of the responder")
+    return await hello_world(request, delay=delay)
+
+trio_server.command.hello_world = fail_sometimes
+"""
+
+
+def test_clients_warnings_and_the_shutdown_are_shown_and_the_terminal_is_restored(
     terminal: Terminal, start: Start
 ) -> None:
-    process = start_in(terminal, start, "--delay", "2.5")
+    process = start_in(terminal, start, "--delay=2.5", stderr=terminal.slave, **changed(FAILING))
     server = address(terminal)
     clients = []
-    for _ in range(3):
+    for number in range(3):
         clients.append(client(server))
-        time.sleep(0.2)
-    title, *rows = terminal.wait_for(lambda screen: len(screen) == 4)
+        wait_for_lines(terminal, number + 2)
+    title, *rows = terminal.wait_for(lambda screen: "▌" in screen[3] or "█" in screen[3])
     assert title.endswith(f"{server[1]} · 3 in flight · 0 idle")
     lengths = [row.count("█") for row in rows]
-    assert sorted(lengths, reverse=True) == lengths  # The oldest comes first,
-    assert len(set(lengths)) == 3  # and is further on.
-    assert all(re.search(r"GET / HTTP/1.1 +█*▌?░* +[0-2]\.\d s$", row) for row in rows)
+    assert sorted(lengths, reverse=True) == lengths  # The oldest comes first.
+    assert all(re.search(r"GET / HTTP/1.1 +█*▌?░* +\d\.\d s$", row) for row in rows)
 
     terminal.resize(70, 3)
-    narrow = terminal.wait_for(lambda screen: len(screen) == 3)
+    narrow = wait_for_lines(terminal, 3)
     assert narrow[2] == "… and 2 more"
+    terminal.resize(80, 24)
+    assert request(server, b"fail\n") == "got b''"
+    terminal.wait_for(lambda screen: any(re.search("^! .*failed", line) for line in screen))
 
     terminal.type(b"\x03")
     terminal.wait_for(lambda screen: screen and "shutting down" in screen[0])
-    assert process.wait() == 0
+    assert process.wait() == 1  # A responder has failed.
     for thread in clients:
         thread.join()
     assert terminal.screen == []
     assert terminal.text.count(ENTER) == terminal.text.count(LEAVE) == 1
     assert termios.tcgetattr(terminal.slave) == terminal.before
-    assert "stopped: 3 answered" in process.stderr
+    shown, _, after = terminal.text.rpartition(LEAVE)
+    assert " INFO " not in shown
+    assert "Traceback" not in shown
+    assert "ValueError: of the responder" in after
+    assert "stopped: 3 answered" in after
 
 
-def test_where_the_log_is_the_same_terminal_it_does_not_disturb_the_view(
+def test_each_end_restores_the_terminal(terminals: list[Terminal], start: Start) -> None:
+    *two_signals, one_signal, crashing = terminals
+    processes = [start_in(one, start, "--delay=60") for one in (*two_signals, one_signal)]
+    failing = changed(FAILING.replace("ValueError", "SystemExit"))
+    processes.append(start_in(crashing, start, **failing))
+    clients = [client(address(terminal)) for terminal in two_signals]
+    for terminal, process, signum in zip(
+        two_signals, processes, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), strict=False
+    ):
+        wait_for_lines(terminal, 2)
+        process.kill(signum)
+        terminal.wait_for(lambda screen: screen and "shutting down" in screen[0])
+    time.sleep(0.5)
+    for process in processes[:3]:
+        process.kill(signal.SIGTERM)
+    address(one_signal)
+    processes[3].kill(signal.SIGTERM)
+    request(address(crashing), b"fail")
+    assert [process.wait() for process in processes] == [1, 1, 1, 0, 1]
+    for thread in clients:
+        thread.join()
+    for terminal in terminals:
+        assert terminal.screen == []
+        assert terminal.text.endswith(LEAVE)
+        assert termios.tcgetattr(terminal.slave) == terminal.before
+
+
+def test_a_terminal_that_is_closed_or_has_stopped_does_not_stop_the_server(
     terminal: Terminal, start: Start
 ) -> None:
-    process = start_in(terminal, start, "--delay", "0", stderr=terminal.slave)
-    client(address(terminal)).join()
-    terminal.wait_for(lambda screen: "── answered ──" in screen)
-    assert process.stop() == 0
-    terminal.read()
-    view, _, after = terminal.text.rpartition(LEAVE)
-    assert "INFO" not in view
-    assert after.count("INFO") == after.count("INFO stopped: 1 answered") == 1
-
-
-def test_two_interrupts_restore_the_terminal(terminal: Terminal, start: Start) -> None:
-    process = start_in(terminal, start, "--delay", "60")
-    left = client(address(terminal))
-    terminal.wait_for(lambda screen: len(screen) == 2)
-    terminal.type(b"\x03")
-    terminal.wait_for(lambda screen: screen and "shutting down" in screen[0])
-    time.sleep(0.6)
-    terminal.type(b"\x03")
-    assert process.wait() == 1
-    left.join()
-    assert terminal.screen == []
-    assert terminal.text.endswith(LEAVE)
-
-
-def test_ctrl_z_bg_fg_and_ctrl_backslash_restore_the_terminal(terminal: Terminal) -> None:
-    shell = [tool("setsid"), "--ctty", "sh", "-i"]
-    ends: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.slave)
-    with subprocess.Popen(shell, **ends, env={**os.environ, "PS1": "$ "}) as popen:
-        try:
-            command = f"{sys.executable} -m trio_server --watch --delay 0 --port 0"
-            terminal.type(f"stty tostop; {command}\n".encode())
-            server = address(terminal)
-            terminal.type(b"\x1a")
-            terminal.wait_for(lambda screen: not screen and "Stopped" in terminal.text)
-            terminal.type(b"bg\n")
-            time.sleep(0.5)
-            assert request(server) == "answered"
-            assert not terminal.screen  # The shell has the terminal.
-            terminal.type(b"fg\n")
-            terminal.wait_for(lambda screen: screen)
-            terminal.type(b"\x03")
-            terminal.wait_for(lambda screen: not screen and "stopped: 1" in terminal.text)
-            terminal.type(f"{command}\n".encode())
-            terminal.wait_for(lambda screen: screen)
-            terminal.type(b"\x1c")  # Ctrl-\\, which ends it at once
-            terminal.wait_for(lambda screen: not screen)
-            terminal.type(b"exit\n")
-            popen.wait(10)
-        finally:
-            popen.kill()
-    assert terminal.text.count(ENTER) == terminal.text.count(LEAVE) == 3
-
-
-def test_a_terminal_that_is_held_does_not_stop_the_server(
-    terminal: Terminal, start: Start
-) -> None:
-    process = start_in(terminal, start, "--delay", "0")
+    process = start_in(terminal, start, "--delay=0")
     server = address(terminal)
     terminal.type(b"\x13")  # Ctrl-S
     time.sleep(0.3)
     assert [request(server) for _ in range(20)] == ["answered"] * 20
+    closed = Terminal()
+    other = start_in(closed, start, "--delay=0")
+    assert request(address(closed)) == "answered"
+    closed.close()  # which sends SIGHUP
     assert process.stop(seconds=5) == 0
-    assert terminal.screen == []
-    assert terminal.text.endswith(LEAVE)
+    assert other.wait(5) == 0
+    assert "SIGHUP: shutting down" in other.stderr
+    assert "the view failed" not in other.stderr
 
 
-def test_where_stdout_is_no_terminal_the_view_is_refused(terminal: Terminal, start: Start) -> None:
-    dumb = start_in(terminal, start, env={**os.environ, "TERM": "dumb"})
-    piped = start("--watch")
-    for process in (dumb, piped):
-        assert process.wait() == 2
-        assert process.stderr.endswith(
-            "error: --watch draws in a terminal: leave it out where stdout is none\n"
-        )
-
-
-def test_warnings_of_a_view_in_the_same_terminal_come_after_it(
+def test_where_stdout_is_no_terminal_the_view_is_a_usage_error(
     terminal: Terminal, start: Start
 ) -> None:
-    prefix = (*file_limit(40), tool("setsid"), "--ctty")
-    process = start_in(
-        terminal,
-        start,
-        "--delay",
-        "0.3",
-        "--log-level",
-        "debug",
-        prefix=prefix,
-        stderr=terminal.slave,
-    )
-    server = address(terminal)
-    process.freeze()
-    with ThreadPoolExecutor(60) as pool:
-        clients = [pool.submit(request, server) for _ in range(60)]
-        time.sleep(0.2)
-        process.thaw()
-        assert {one.result() for one in clients} == {"answered"}
-    terminal.wait_for(lambda screen: any("! " in line and "EMFILE" in line for line in screen))
-    process.kill(signal.SIGUSR1)
-    time.sleep(0.2)
-    assert process.stop() == 0
-    terminal.read()
-    view, _, after = terminal.text.rpartition(LEAVE)
-    assert "DEBUG" not in view
-    assert "since" not in view
-    assert "EMFILE" in after
-    assert "in flight; since" in after
-    assert "stopped: 60 answered" in after
-
-
-@pytest.mark.parametrize("names", ["2>/dev/tty", "2>/dev/stdout", "2>&1 >/dev/tty"])
-def test_other_names_of_the_same_terminal_are_known(
-    terminal: Terminal, start: Start, names: str
-) -> None:
-    prefix = (tool("setsid"), "--ctty", "sh", "-c", f'exec "$@" {names}', "sh")
-    process = start_in(terminal, start, "--delay", "0", prefix=prefix)
-    client(address(terminal)).join()
-    terminal.wait_for(lambda screen: "── answered ──" in screen)
-    assert process.stop() == 0
-    terminal.read()
-    assert "INFO" not in terminal.text.rpartition(LEAVE)[0]
+    dumb = start_in(terminal, start, env={**os.environ, "TERM": "dumb"})
+    redirected = start("--watch")
+    for process in (dumb, redirected):
+        assert process.wait() == 2
+        assert process.stderr.endswith(
+            "error: --watch needs a terminal: leave it out when stdout is redirected\n"
+        )
