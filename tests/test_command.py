@@ -339,11 +339,10 @@ def test_a_reader_of_stdout_that_has_closed_does_not_end_the_server(start: Start
 
 def port_of(process: Process) -> int | None:
     """Find the port of a process that cannot print it."""
-    sockets = {
-        target.removeprefix("socket:[").removesuffix("]")
-        for one in Path(f"/proc/{process.popen.pid}/fd").iterdir()
-        if (target := str(one.readlink())).startswith("socket:")
-    }
+    sockets = set()
+    for one in Path(f"/proc/{process.popen.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # It was closed meanwhile.
+            sockets.add(str(one.readlink()).removeprefix("socket:[").removesuffix("]"))
     for row in Path(f"/proc/{process.popen.pid}/net/tcp").read_text().splitlines()[1:]:
         _, local, _, state, *_, inode = row.split()[:10]
         if state == "0A" and inode in sockets:  # It listens.
