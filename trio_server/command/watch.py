@@ -50,7 +50,8 @@ class View:
             except Exception:
                 logging.getLogger("trio_server").exception("the view failed; the server goes on")
             finally:
-                with trio.move_on_after(LAST_SECOND, shield=True):  # The terminal may be stuck.
+                end = trio.current_time() + LAST_SECOND  # The terminal may be stuck.
+                with trio.CancelScope(deadline=end, shield=True):
                     await write_stdout(LEAVE, in_order)
 
     def draw(self, urls: list[str], size: tuple[int, int], now: float) -> list[str]:
