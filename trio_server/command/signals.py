@@ -76,7 +76,7 @@ async def handle(
 
 
 def status(account: Account, limiter: trio.CapacityLimiter) -> str:
-    """Return what goes on now, and how connections have ended so far."""
+    """Return the present state, and how connections have ended so far, as text."""
     received = [exchange.received_at for exchange in account.open if exchange.in_flight]
     oldest = f" (the oldest for {trio.current_time() - min(received):.1f} s)" if received else ""
     waiting = limiter.statistics().tasks_waiting

@@ -30,8 +30,9 @@ class View:
     """What the terminal shows of a server."""
 
     def __init__(self, account: Account, shutdown: Shutdown, delay: float) -> None:
-        self.account, self.shutdown = account, shutdown
-        self.delay = max(delay, 1e-9)  # A bar divides by it.
+        self.account: Account = account
+        self.shutdown: Shutdown = shutdown
+        self.delay: float = max(delay, 1e-9)  # A bar divides by it.
         self.warnings: deque[logging.LogRecord] = deque(maxlen=100)
 
     async def show(self, urls: list[str]) -> None:
@@ -100,7 +101,11 @@ class Keeper(logging.Handler):
 
     def __init__(self, warnings: deque[logging.LogRecord]) -> None:
         super().__init__(logging.WARNING)
-        self.emit = warnings.append  # type: ignore[assignment]
+        self.warnings: deque[logging.LogRecord] = warnings
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record."""
+        self.warnings.append(record)
 
 
 @contextmanager
