@@ -106,7 +106,7 @@ async def test_waits_that_are_over_are_forgotten(autojump_clock: MockClock) -> N
     for _ in range(1000):
         with shutdown.move_on_after(30):
             await trio.lowlevel.checkpoint()
-    assert not shutdown._waits  # noqa: SLF001 - a leak shows nowhere else
+    assert not shutdown._scopes  # noqa: SLF001 - a leak shows nowhere else
 
 
 async def test_tasks_that_wait_for_the_shutdown_go_on_when_it_begins(

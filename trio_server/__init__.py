@@ -1,19 +1,19 @@
 """A graceful shutdown for servers on Trio, and the server of ``python -m trio_server``.
 
-* `serve_gracefully` runs one of Trio's servers, and ends it without losing a request.
-* `Shutdown` ends it: call `Shutdown.begin`.
+* `serve_gracefully` runs one of Trio's servers until `Shutdown.begin` is called.
 * `serve_connection` is a handler: one request and one reply, made by a responder.
   `hello_world` is a responder.
 * `Account` counts connections: an `Exchange` for each, which ends with an `Outcome`.
 
 An echo server, which SIGTERM or Ctrl-C stops gracefully, and a second signal at once::
 
-    import signal
+    import signal, trio
     from functools import partial
-    import trio
     from trio_server import Shutdown, serve_gracefully
 
-    async def echo(stop, stream):
+    stop = Shutdown()
+
+    async def echo(stream):
         while True:
             with stop.move_on_after(30) as wait:  # for the client: 1 s, once the shutdown begins
                 data = await stream.receive_some()
@@ -21,21 +21,18 @@ An echo server, which SIGTERM or Ctrl-C stops gracefully, and a second signal at
                 break
             await stream.send_all(data)  # Work, outside the block: a shutdown lets it finish.
 
-    async def stop_on_signals(stop):
+    async def stop_on_signals():
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async for _ in signals:
                 stop.begin(0 if stop.begun else 30)
 
     async def main():
-        stop = Shutdown()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(stop_on_signals, stop)
-            await serve_gracefully(partial(trio.serve_tcp, partial(echo, stop), 1729), stop)
+            nursery.start_soon(stop_on_signals)
+            await serve_gracefully(partial(trio.serve_tcp, echo, 1729), stop)
             nursery.cancel_scope.cancel()
 
     trio.run(main)
-
-For TLS, the server is ``partial(trio.serve_ssl_over_tcp, handler, port, ssl_context)``.
 """
 
 from trio_server.account import Account, Exchange, Outcome

@@ -9,6 +9,7 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterable
+from contextlib import suppress
 
 import trio
 
@@ -33,17 +34,13 @@ def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.s
     this function did, a client that opens connections fast could fill the queue meanwhile.
     """
     accepted: list[socket.socket] = []
-    if not any_waiting([listener]):  # This costs a tenth of an `accept` that fails.
-        return accepted
-    # The same socket, as the standard library sees it.
-    plain = socket.socket(listener.family, listener.type, listener.proto, listener.fileno())
-    plain.settimeout(0)  # whatever `socket.setdefaulttimeout` says
-    try:
-        while len(accepted) < most:
-            accepted.append(plain.accept()[0])
-    except OSError:
-        pass  # The queue is empty. Any other error is left to Trio's next `accept`.
-    finally:
+    if any_waiting([listener]):  # This costs a tenth of an `accept` that fails.
+        # The same socket, as the standard library sees it.
+        plain = socket.socket(listener.family, listener.type, listener.proto, listener.fileno())
+        plain.settimeout(0)  # whatever `socket.setdefaulttimeout` says
+        with suppress(OSError):  # An empty queue. Any other error is left to Trio's `accept`.
+            while len(accepted) < most:
+                accepted.append(plain.accept()[0])
         plain.detach()
     return accepted
 
@@ -67,8 +64,7 @@ def ignore_new_connections(listener: trio.socket.SocketType) -> bool:
         return False
     address, _ = DROP_NEW_CONNECTIONS.buffer_info()
     program = struct.pack("HP", len(INSTRUCTIONS), address)
-    try:
+    with suppress(OSError):  # It is closed, or this is gVisor, which stands in for Linux.
         listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
-    except OSError:  # It is closed, or this is gVisor, which stands in for Linux.
-        return False
-    return True
+        return True
+    return False

@@ -2,14 +2,11 @@
 
 import logging
 import math
-import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from enum import Enum
 
 import trio
-
-SHOWN = 60  # bytes of a request's first line that the log shows
 
 logger: logging.Logger = logging.getLogger("trio_server")
 
@@ -30,13 +27,12 @@ class Exchange:
     """What has happened on one connection so far, with times on Trio's clock in seconds."""
 
     peer: str  # the address of the client
+    accepted_at: float = field(default_factory=trio.current_time)
     request: bytes = b""
+    received_at: float = math.nan  # until a request arrives
     outcome: Outcome = Outcome.CUT_OFF  # until the exchange earns a better one
     reply_size: int = 0  # bytes, once all of them were sent
-    accepted_at: float = field(default_factory=trio.current_time)
-    received_at: float = math.nan  # until a request arrives
     answered_at: float | None = None
-    ended_at: float = math.nan  # while the connection is open
 
     @property
     def in_flight(self) -> bool:
@@ -45,48 +41,29 @@ class Exchange:
 
     @property
     def first_line(self) -> str:
-        r"""The start of the request. Unprintable bytes are escaped, as in ``\x1b``."""
+        r"""At most 60 bytes of the first line. Unprintable ones are escaped, as in ``\x1b``."""
         line = self.request.lstrip(b"\r\n").partition(b"\n")[0]
-        return ascii(line.rstrip(b"\r")[:SHOWN])[2:-1]
-
-    def received(self, request: bytes) -> None:
-        """Note what was received: a request, or nothing if the client has closed."""
-        self.request, self.received_at = request, trio.current_time()
-
-    def answered(self, reply_size: int) -> None:
-        """Note that the whole reply was sent."""
-        self.outcome, self.reply_size = Outcome.ANSWERED, reply_size
-        self.answered_at = trio.current_time()
+        return ascii(line.rstrip(b"\r")[:60])[2:-1]
 
     def __str__(self) -> str:
-        """Describe the exchange in one line, which the client cannot break into two."""
+        """Describe the exchange, which has just ended, in one line."""
         took = ""
         if self.answered_at is not None:
             took = f" in {self.answered_at - self.received_at:.3f} s"
         elif self.request:
-            took = f" after {self.ended_at - self.received_at:.3f} s"
-        return (
-            f"{self.peer} {self.outcome.value}{took}: {len(self.request)} bytes in, "
-            f"{self.reply_size} out, {self.first_line}"
-        )
+            took = f" after {trio.current_time() - self.received_at:.3f} s"
+        sizes = f"{len(self.request)} bytes in, {self.reply_size} out"
+        return f"{self.peer} {self.outcome.value}{took}: {sizes}, {self.first_line}"
 
 
 class Account:
-    """The connections of one server, or of several. Pass it to `serve_connection`.
-
-    Attributes:
-        open: The exchanges that go on now, oldest first. (A dictionary keeps their order; its
-            values mean nothing.)
-        ended: The last 50 exchanges that have ended, oldest first.
-        outcomes: How many exchanges have ended with each `Outcome`.
-        since: When the count began, in seconds since the epoch.
-    """
+    """The connections of one server, or of several. Pass it to `serve_connection`."""
 
     def __init__(self) -> None:
+        # The open exchanges, oldest first: a dictionary keeps the order, its values mean nothing.
         self.open: dict[Exchange, None] = {}
-        self.ended: deque[Exchange] = deque(maxlen=50)
-        self.outcomes: Counter[Outcome] = Counter()
-        self.since: float = time.time()
+        self.ended: deque[Exchange] = deque(maxlen=50)  # the last ones, oldest first
+        self.outcomes: Counter[Outcome] = Counter()  # how many exchanges ended in each way
 
     @property
     def in_flight(self) -> int:
@@ -101,7 +78,6 @@ class Account:
 
     def end(self, exchange: Exchange) -> None:
         """Count a connection that has ended, and log a line about it."""
-        exchange.ended_at = trio.current_time()
         del self.open[exchange]
         self.ended.append(exchange)
         self.outcomes[exchange.outcome] += 1

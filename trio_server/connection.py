@@ -51,8 +51,9 @@ async def serve_connection(
     async with transport:
         try:
             with shutdown.move_on_after(client_timeout) as wait:
-                exchange.received(bytes(await stream.receive_some(REQUEST_SIZE)))
+                exchange.request = bytes(await stream.receive_some(REQUEST_SIZE))
             if exchange.request:
+                exchange.received_at = trio.current_time()
                 await _answer(exchange, stream, respond, client_timeout)
             elif wait.cancelled_caught and not shutdown.begun:
                 exchange.outcome = Outcome.TIMED_OUT
@@ -84,7 +85,8 @@ async def _answer(
     end = trio.current_time() + client_timeout
     with trio.CancelScope(deadline=end) as limit:
         await stream.send_all(reply)
-        exchange.answered(reply.nbytes)
+        exchange.outcome, exchange.reply_size = Outcome.ANSWERED, reply.nbytes
+        exchange.answered_at = trio.current_time()
         if isinstance(stream, trio.abc.HalfCloseableStream):
             # A half-close means: I will send no more, but you still may. If a socket is closed
             # that holds unread data, the kernel sends a reset, which can overtake the reply and
@@ -92,13 +94,12 @@ async def _answer(
             await stream.send_eof()
             # Let other tasks run. Most clients close meanwhile, so Trio need not watch them.
             await trio.lowlevel.checkpoint()
-            limit.deadline = min(trio.current_time() + DRAIN_SILENCE, end)
-            while await stream.receive_some():
+            data = True
+            while data:
                 limit.deadline = min(trio.current_time() + DRAIN_SILENCE, end)
-        else:
-            await (
-                stream.aclose()
-            )  # TLS cannot half-close, so a client that still sends may lose it.
+                data = await stream.receive_some()
+        else:  # TLS cannot half-close, so a client that still sends may lose the reply.
+            await stream.aclose()
     if exchange.outcome is not Outcome.ANSWERED:  # The client did not receive it in time.
         exchange.outcome = Outcome.TIMED_OUT
 

@@ -22,11 +22,12 @@ EMPTYING_TIME = 1.0  # seconds at most, if the kernel cannot ignore new connecti
 POLL_INTERVAL = 0.01  # seconds; polling the queue costs microseconds
 
 Handler: TypeAlias = Callable[[Any], Awaitable[object]]
+Server: TypeAlias = Callable[..., Awaitable[object]]
 logger: logging.Logger = logging.getLogger("trio_server")
 
 
 async def serve_gracefully(
-    server: Callable[..., Awaitable[object]],
+    server: Server,
     shutdown: Shutdown,
     *,
     shared: bool = False,
@@ -58,10 +59,8 @@ async def serve_gracefully(
     try:
         inspect.signature(server).bind(handler_nursery=None, task_status=None)
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            "server must be one of Trio's with all arguments but the nursery filled in, like "
-            f"partial(trio.serve_tcp, handler, 1729): {error}"
-        ) from None
+        expected = "server must be like partial(trio.serve_tcp, handler, 1729)"
+        raise TypeError(f"{expected}: {error}") from None
     failure: Exception | None = None
     with shutdown.grace_scope() as grace:
         async with trio.open_nursery() as nursery:
@@ -70,19 +69,19 @@ async def serve_gracefully(
                 await _accept(server, shutdown, starter, task_status)
             except* Exception as group:  # noqa: BLE001 - it is raised below
                 failure = _unwrapped(group)
-                if starter.listeners is not None:
+                if starter.listeners:
                     logger.error("accepting failed, so the server shuts down: %r", failure)  # noqa: TRY400 - raised below
                     shutdown.begin()
     if failure is not None:
         raise failure
-    if starter.listeners is None:
+    if not starter.listeners:
         task_status.started([])
     if grace.cancelled_caught and starter.cut_off:
         logger.warning("handlers cancelled at the end of the grace period: %d", starter.cut_off)
 
 
 async def _accept(
-    server: Callable[..., Awaitable[object]],
+    server: Server,
     shutdown: Shutdown,
     starter: "_HandlerStarter",
     task_status: trio.TaskStatus[list[Any]],
@@ -95,7 +94,7 @@ async def _accept(
             task_status.started(starter.listeners)
         await shutdown.wait()
         # With TLS, the transport has the socket. A listener in memory has no socket.
-        transports = (getattr(one, "transport_listener", one) for one in starter.listeners or ())
+        transports = (getattr(one, "transport_listener", one) for one in starter.listeners)
         sockets = [one.socket for one in transports if isinstance(one, trio.SocketListener)]
         if not starter.shared:
             await _empty_queues(sockets, starter)
@@ -124,7 +123,7 @@ class _HandlerStarter:
 
     def __init__(self, nursery: trio.Nursery, *, shared: bool) -> None:
         self.shared = shared
-        self.listeners: list[Any] | None = None  # once they are open
+        self.listeners: list[Any] = []  # once they are open
         self.accepted_at = -math.inf
         self.cut_off = 0  # handlers that were cancelled
         self._nursery = nursery
@@ -142,14 +141,12 @@ class _HandlerStarter:
         self.accepted_at = trio.current_time()
         starting = bool(self._waiting)
         self._waiting.append(stream)
-        for listener in () if self.shared else self.listeners or ():
+        for listener in () if self.shared else self.listeners:
             if type(listener) is trio.SocketListener:
                 most = MOST_WAITING - len(self._waiting)
                 self._waiting += accept_waiting(listener.socket, most)
         if not starting:
             self._start_batch(handler)
-            if self._waiting:
-                self._nursery.start_soon(self._start_rest, handler)
 
     def _start_batch(self, handler: Handler) -> None:
         for _ in range(min(BATCH, len(self._waiting))):
@@ -157,12 +154,13 @@ class _HandlerStarter:
             if isinstance(stream, socket.socket):
                 stream = trio.SocketStream(trio.socket.from_stdlib_socket(stream))
             self._nursery.start_soon(self._run, handler, stream)
+        if self._waiting:
+            self._nursery.start_soon(self._start_next_batch, handler)
 
-    async def _start_rest(self, handler: Handler) -> None:
-        while self._waiting:
-            # Shielded: even a cancelled server starts each handler, so that its stream is closed.
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            self._start_batch(handler)
+    async def _start_next_batch(self, handler: Handler) -> None:
+        # A task begins in the next scheduler pass. It begins even in a server that is cancelled,
+        # so each stream gets its handler, and is closed.
+        self._start_batch(handler)
 
     async def _run(self, handler: Handler, stream: trio.abc.AsyncResource) -> None:
         """Run a handler, so that its failure ends its connection and not the server."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import trio
 
@@ -23,8 +23,7 @@ class Shutdown:
         self._idle_time = idle_time
         self._begun = trio.Event()
         self._grace_ends = math.inf
-        self._waits: set[trio.CancelScope] = set()
-        self._servers: set[trio.CancelScope] = set()
+        self._scopes: dict[trio.CancelScope, float] = {}  # and the seconds left after `begin`
 
     @property
     def begun(self) -> bool:
@@ -61,37 +60,32 @@ class Shutdown:
             ) from None
         self._begun.set()
         self._grace_ends = min(self._grace_ends, now + grace_period)
-        for server in self._servers:
-            server.deadline = self._grace_ends
-        for wait in self._waits:
-            wait.deadline = min(wait.deadline, now + self._idle_time, self._grace_ends)
+        for scope, seconds_left in self._scopes.items():
+            scope.deadline = min(scope.deadline, now + seconds_left, self._grace_ends)
 
-    @contextmanager
-    def move_on_after(self, seconds: float) -> Iterator[trio.CancelScope]:
+    def move_on_after(self, seconds: float) -> AbstractContextManager[trio.CancelScope]:
         """Limit a wait for a client to ``seconds``, as `trio.move_on_after` does.
 
         A shutdown shortens it to the idle time, and to the end of the grace period. If the time
         ran out, ``cancelled_caught`` of the scope is true.
         """
         check_seconds("seconds", seconds)
-        limit = min(seconds, self._idle_time) if self.begun else seconds
-        deadline = min(trio.current_time() + limit, self._grace_ends)
-        with trio.CancelScope(deadline=deadline) as wait:
-            self._waits.add(wait)
-            try:
-                yield wait
-            finally:
-                self._waits.remove(wait)
+        return self._scope(seconds, seconds_left=self._idle_time)
+
+    def grace_scope(self) -> AbstractContextManager[trio.CancelScope]:
+        """Cancel the block at the end of the grace period."""
+        return self._scope(math.inf, seconds_left=math.inf)
 
     @contextmanager
-    def grace_scope(self) -> Iterator[trio.CancelScope]:
-        """Cancel the block at the end of the grace period."""
-        with trio.CancelScope(deadline=self._grace_ends) as server:
-            self._servers.add(server)
+    def _scope(self, seconds: float, *, seconds_left: float) -> Iterator[trio.CancelScope]:
+        limit = min(seconds, seconds_left) if self.begun else seconds
+        deadline = min(trio.current_time() + limit, self._grace_ends)
+        with trio.CancelScope(deadline=deadline) as scope:
+            self._scopes[scope] = seconds_left
             try:
-                yield server
+                yield scope
             finally:
-                self._servers.remove(server)
+                del self._scopes[scope]
 
 
 def check_seconds(name: str, value: float) -> None:
