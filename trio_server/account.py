@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from enum import Enum
@@ -27,8 +28,8 @@ class Exchange:
     """What has happened on one connection so far, with times on Trio's clock in seconds."""
 
     peer: str  # the address of the client
-    accepted_at: float = field(default_factory=trio.current_time)
     request: bytes = b""
+    accepted_at: float = field(default_factory=trio.current_time)
     received_at: float = math.nan  # until a request arrives
     outcome: Outcome = Outcome.CUT_OFF  # until the exchange earns a better one
     reply_size: int = 0  # bytes, once all of them were sent
@@ -64,6 +65,7 @@ class Account:
         self.open: dict[Exchange, None] = {}
         self.ended: deque[Exchange] = deque(maxlen=50)  # the last ones, oldest first
         self.outcomes: Counter[Outcome] = Counter()  # how many exchanges ended in each way
+        self.since: float = time.time()
 
     @property
     def in_flight(self) -> int:

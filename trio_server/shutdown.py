@@ -23,7 +23,7 @@ class Shutdown:
         self._idle_time = idle_time
         self._begun = trio.Event()
         self._grace_ends = math.inf
-        self._scopes: dict[trio.CancelScope, float] = {}  # and the seconds left after `begin`
+        self._scopes: dict[trio.CancelScope, float] = {}  # the seconds that a shutdown leaves each
 
     @property
     def begun(self) -> bool:
@@ -45,9 +45,9 @@ class Shutdown:
         Then they are cancelled: at once after 0 seconds, never after `math.inf`. Calling this
         again can only shorten the time.
 
-        Outside Trio's thread, this raises `RuntimeError`. In another thread that Trio has started,
-        call ``trio.from_thread.run_sync(stop.begin)``. In any other thread, or in a handler of
-        `signal.signal`, call ``token.run_sync_soon(stop.begin)`` with a ``token`` that
+        Outside Trio's thread, this raises `RuntimeError`. In a thread that Trio has started, call
+        ``trio.from_thread.run_sync(stop.begin)``. In any other thread, or in a handler of
+        `signal.signal`, call ``token.run_sync_soon(stop.begin)``, where ``token`` is what
         `trio.lowlevel.current_trio_token` has returned.
         """
         check_seconds("grace_period", grace_period)
@@ -55,8 +55,8 @@ class Shutdown:
             now = trio.current_time()
         except RuntimeError:
             raise RuntimeError(
-                "begin was called outside Trio's thread: call trio.from_thread.run_sync(begin), "
-                "or token.run_sync_soon(begin) with a token of trio.lowlevel.current_trio_token()"
+                "begin was called outside Trio's thread: use trio.from_thread.run_sync(begin), or "
+                "token.run_sync_soon(begin) with a token of trio.lowlevel.current_trio_token()"
             ) from None
         self._begun.set()
         self._grace_ends = min(self._grace_ends, now + grace_period)
@@ -70,14 +70,14 @@ class Shutdown:
         ran out, ``cancelled_caught`` of the scope is true.
         """
         check_seconds("seconds", seconds)
-        return self._scope(seconds, seconds_left=self._idle_time)
+        return self._scope(seconds, self._idle_time)
 
     def grace_scope(self) -> AbstractContextManager[trio.CancelScope]:
         """Cancel the block at the end of the grace period."""
-        return self._scope(math.inf, seconds_left=math.inf)
+        return self._scope(math.inf, math.inf)
 
     @contextmanager
-    def _scope(self, seconds: float, *, seconds_left: float) -> Iterator[trio.CancelScope]:
+    def _scope(self, seconds: float, seconds_left: float) -> Iterator[trio.CancelScope]:
         limit = min(seconds, seconds_left) if self.begun else seconds
         deadline = min(trio.current_time() + limit, self._grace_ends)
         with trio.CancelScope(deadline=deadline) as scope:
