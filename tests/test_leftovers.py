@@ -93,7 +93,7 @@ async def test_connections_that_are_reset_leave_nothing_and_no_cycles(
             await reset_some()
         assert exceptions_and_connections() == before
         assert gc.collect() < NUMBER  # objects
-        shutdown.begin()
+        nursery.cancel_scope.cancel()
     assert not account.open
     assert account.outcomes == {Outcome.WENT_AWAY: 2 * NUMBER}
 
