@@ -13,7 +13,7 @@ from trio_server.responder import REPLY
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    options = ("--host=127.0.0.1", "--port=0", "--delay=0.1")
+    options = ("--host=127.0.0.1", "--port=0", "--delay=0")
     process = Process(tmp_path_factory.mktemp("server"), options)
     try:
         process.wait_for_banner()
@@ -87,23 +87,12 @@ def test_ab_100_requests_10_at_a_time(server: Process) -> None:
 
 
 def test_ten_curls_at_once_take_one_delay(serve: Start) -> None:
-    server = serve("--delay", "1")
+    server = serve("--delay", "0.4")
     before = time.monotonic()
     curls = [
         subprocess.Popen([tool("curl"), "-si", server.url], stdout=subprocess.PIPE)
         for _ in range(10)
     ]
     assert [curl.communicate(timeout=60)[0] for curl in curls] == [REPLY] * 10
-    # One after the other, they would take 10 seconds.
-    assert 1 <= time.monotonic() - before < 10
-
-
-def test_five_curls_that_stop_waiting_during_the_work_are_counted_as_went_away(
-    serve: Start,
-) -> None:
-    server = serve("--delay", "0.6", "--log-level", "debug")
-    curls = [subprocess.Popen([tool("curl"), "-s", "-m", "0.3", server.url]) for _ in range(5)]
-    assert [curl.wait(20) for curl in curls] == [28] * 5  # its status for a timeout
-    server.wait_until(lambda: server.stderr.count(" bytes in, ") == 5)
-    assert server.stop() == 0
-    assert "0 answered, 0 sent nothing, 5 went away, " in server.stderr
+    # One after the other, they would take 4 seconds.
+    assert 0.4 <= time.monotonic() - before < 4
