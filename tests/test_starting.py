@@ -19,8 +19,7 @@ def test_a_start_that_fails_does_not_wait_for_a_client(start: Start) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with silent_client(port):
-            for _ in range(3):
-                process = start("--host", "", "--port", str(port))
+            for process in [start("--host", "", "--port", str(port)) for _ in range(3)]:
                 assert process.wait() == 1  # in less than the client timeout
                 assert process.stdout == ""
                 assert process.stderr.endswith(
