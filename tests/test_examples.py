@@ -170,9 +170,9 @@ def a_second_ctrl_c_ends_echo_at_once(starter: Starter) -> None:
 def lines_that_have_arrived_are_answered_and_an_idle_client_disconnected(
     starter: Starter,
 ) -> None:
-    lines = starter.run("line_protocol.py")
+    lines = starter.run("line_protocol.py", {"sleep(1)": "sleep(0.2)"})
     with lines.connect(b"one\ntwo\nth") as busy, lines.connect() as idle:
-        assert busy.recv(100) == b"ONE\n"
+        assert receive_until(busy, b"\n") == b"ONE\n"
         lines.process.kill(signal.SIGTERM)
         busy.sendall(b"ree\n")
         assert receive_all(idle) == b""
@@ -249,6 +249,7 @@ def asgi_clients_in_the_accept_queue_are_answered(starter: Starter) -> None:
 def each_kind_of_asgi_client_gets_at_a_shutdown_what_the_docstring_says(starter: Starter) -> None:
     changes = {
         "            await receive()\n": '            print((await receive())["type"])\n',
+        "sleep(1)": "sleep(0.3)",
         "Config(),": "Config.from_mapping(keep_alive_timeout=1000),",  # so only the shutdown ends
     }
     asgi = starter.run("asgi.py", changes)
@@ -280,7 +281,8 @@ def receive_until(client: socket.socket, end: bytes) -> bytes:
 
 @side_by_side
 def the_admin_command_stops_both_servers_and_a_request_is_answered(starter: Starter) -> None:
-    both = starter.run("two_servers.py")
+    changes = {"respond=hello_world": "respond=partial(hello_world, delay=1)"}
+    both = starter.run("two_servers.py", changes)
     path = both.folder / "admin.sock"
     with both.connect(b"hi") as client, socket.socket(socket.AF_UNIX) as admin:
         admin.settimeout(10)
