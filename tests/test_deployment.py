@@ -19,7 +19,7 @@ def test_a_restart_behind_each_load_balancer_loses_no_request() -> None:
         pytest.skip("only root can make a network")
     for name in ("ip", "haproxy", "nginx"):
         tool(name)
-    command = [sys.executable, str(FOLDER / "try_balancer.py")]
+    command = [sys.executable, str(FOLDER / "try_balancer.py"), "--delay", "0.1"]
     result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=50)
     assert result.returncode == 0, result.stdout + result.stderr
     requests = re.findall(r"(\d+) requests, 0 lost", result.stdout)

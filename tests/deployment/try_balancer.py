@@ -22,7 +22,7 @@ SERVERS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")  # as in the files
 BALANCERS = {"HAProxy": 8080, "nginx, TCP": 8081, "nginx, HTTP": 8082}  # their ports
 
 CLIENTS = 20  # for each balancer
-PAUSE = 0.5  # seconds that a server is down, and then up before the next one is stopped
+PAUSE = 0.2  # seconds that a server is down, and then up before the next one is stopped
 LONG = 0.25  # seconds; a client that waits longer waits for a restart, not for a busy machine
 
 
