@@ -1,5 +1,6 @@
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,10 @@ def serve(start: Start) -> Start:
         return process
 
     return serve_process
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads for what happens side by side: clients, or steps of a test for several servers."""
+    with ThreadPoolExecutor(200) as pool:
+        yield pool
