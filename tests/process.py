@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,15 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 Start = Callable[..., Process]
 """A fixture that starts the command with options, and settings for `Process`."""
+
+
+def start_each(start: Start, number: int, *options: str, **settings: Any) -> list[Process]:
+    """Start several servers side by side; return when all accept connections."""
+    start_one = partial(start, "--host=127.0.0.1", "--port=0", *options, **settings)
+    processes = [start_one() for _ in range(number)]
+    for process in processes:
+        process.wait_for_banner()
+    return processes
 
 
 def changed(text: str) -> dict[str, Sequence[str]]:

@@ -9,14 +9,14 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
-from process import Process, Start, activated, changed, file_limit, receive_all, tool
+from process import Process, Start, activated, changed, file_limit, receive_all, start_each, tool
 from streams import read_all
 from trio.testing import MockClock
 
@@ -60,15 +60,6 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def start_each(start: Start, number: int, *options: str, **settings: Any) -> list[Process]:
-    """Start several servers side by side; return when all accept connections."""
-    start_one = partial(start, "--host=127.0.0.1", "--port=0", *options, **settings)
-    processes = [start_one() for _ in range(number)]
-    for process in processes:
-        process.wait_for_banner()
-    return processes
-
-
 class Release:
     """Code for a responder that answers when the test says so."""
 
@@ -95,68 +86,83 @@ def release(tmp_path: Path) -> Release:
     return Release(tmp_path)
 
 
-def send(process: Process, stack: ExitStack) -> socket.socket:
-    """Send a request; return the client when the server has received that."""
-    client = stack.enter_context(process.connect())
-    client.sendall(b"hi\n")
-    process.wait_for_status("INFO 1 open, 1 in flight")
-    return client
+def send(process: Process, stack: ExitStack, number: int = 1) -> list[socket.socket]:
+    """Send requests; return the clients when the server has received all."""
+    clients = [stack.enter_context(process.connect()) for _ in range(number)]
+    for client in clients:
+        client.sendall(b"hi\n")
+    process.wait_for_status(f"INFO {number} open, {number} in flight")
+    return clients
 
 
-def test_each_stop_signal_lets_requests_in_flight_finish(
-    start: Start, stack: ExitStack, release: Release
+def test_each_stop_signal_lets_requests_finish_and_disconnects_a_silent_client(
+    start: Start, stack: ExitStack, pool: ThreadPoolExecutor, release: Release
 ) -> None:
-    processes = start_each(start, len(STOP_SIGNALS), **release.settings)
-    clients = [send(process, stack) for process in processes]
-    for process, signum in zip(processes, STOP_SIGNALS, strict=True):
-        process.kill(signum)
-        process.wait_for_log(f"INFO {signum.name}: shutting down")
+    at_once = [*([one] for one in STOP_SIGNALS), [signal.SIGINT, signal.SIGTERM]]
+    options = ("--max-concurrent=1", "--client-timeout=60")
+    processes = start_each(start, len(at_once), *options, **release.settings)
+    # Of the two requests to each process, one waits for the other.
+    clients = list(pool.map(partial(send, stack=stack, number=2), processes))
+    for process, received, signums in zip(processes, clients, at_once, strict=True):
+        process.freeze()
+        received.append(stack.enter_context(process.connect()))  # into the accept queue
+        for signum in signums:
+            process.kill(signum)
+        process.thaw()
+    for process, [first, *_] in zip(processes, at_once, strict=True):
+        process.wait_for_log(f"INFO {first.name}: shutting down")
     release.now()
-    for process, client in zip(processes, clients, strict=True):
-        assert receive_all(client) == REPLY
-        client.close()
+    for process, [*requests, silent] in zip(processes, clients, strict=True):
+        for client in requests:
+            assert receive_all(client) == REPLY
+            client.close()
+        assert receive_all(silent) == b""
         assert process.wait() == 0
         assert "a second Ctrl-C or SIGTERM (after half a second) stops at once" in process.stderr
-        assert "INFO stopped: 1 answered, " in process.stderr
+        assert "stopping at once" not in process.stderr
+        assert "INFO stopped: 2 answered, 1 sent nothing, " in process.stderr
 
 
-def test_the_second_signal_and_the_end_of_the_grace_period_cut_off_what_is_in_flight(
-    start: Start, stack: ExitStack
+def assert_one_is_cut_off(process: Process, client: socket.socket) -> None:
+    assert process.wait() == 1
+    assert receive_all(client) == b""
+    assert re.search(r" cut off after \d+\.\d{3} s: 3 bytes in, 0 out, hi\n", process.stderr)
+    assert "1 cut off, 0 failed" in process.log[-1]
+    assert "Traceback" not in process.stderr
+
+
+def test_the_second_signal_stops_at_once_and_is_a_failure_only_if_it_cuts_off_a_request(
+    start: Start, stack: ExitStack, pool: ThreadPoolExecutor
 ) -> None:
-    processes = start_each(start, 3, "--delay=60", "--grace-period=1.5")
-    *twice, at_the_end = processes
-    clients = [send(process, stack) for process in processes]
-    begun = time.monotonic()
+    *busy, idle = processes = start_each(start, 3, "--delay=60")
+    silent = stack.enter_context(idle.connect())
+    clients = list(pool.map(partial(send, stack=stack), busy))
+    idle.wait_for_status("INFO 1 open, 0 in flight")
     for process, first in zip(processes, STOP_SIGNALS, strict=True):
         process.kill(first)
-        process.wait_for_log(f"{first.name}: shutting down")
+    for process in processes:
+        process.wait_for_log("shutting down")
+    idle.freeze()  # By now, the silent client has less than a second.
     time.sleep(ONE_STOP)
-    for process, second in zip(twice, (signal.SIGINT, signal.SIGTERM), strict=True):
+    for process, second in zip(processes, (signal.SIGINT, *STOP_SIGNALS[:2]), strict=True):
         process.kill(second)
-    for process, client in zip(processes, clients, strict=True):
-        assert process.wait() == 1
-        assert receive_all(client) == b""
-        assert re.search(r" cut off after \d+\.\d{3} s: 3 bytes in, 0 out, hi\n", process.stderr)
-        assert "1 cut off, 0 failed" in process.log[-1]
-        assert ("stopping at once" in process.stderr) == (process is not at_the_end)
-        assert "Traceback" not in process.stderr
-    assert time.monotonic() >= begun + 1.5
-
-
-def test_the_second_signal_is_no_failure_if_no_request_is_cut_off(
-    start: Start, stack: ExitStack
-) -> None:
-    [process] = start_each(start, 1, "--delay=0")
-    silent = stack.enter_context(process.connect())
-    process.wait_for_status("INFO 1 open, 0 in flight")
-    process.kill(signal.SIGINT)
-    process.wait_for_log("SIGINT: shutting down")
-    process.freeze()  # By now, the silent client has less than a second.
-    time.sleep(ONE_STOP)
-    process.kill(signal.SIGINT)
-    process.thaw()
-    assert process.wait() == 0
+    idle.thaw()
+    for process, [client] in zip(busy, clients, strict=True):
+        assert_one_is_cut_off(process, client)
+        assert "stopping at once" in process.stderr
+    assert idle.wait() == 0
     assert receive_all(silent) == b""
+
+
+def test_the_end_of_the_grace_period_cuts_off_what_is_in_flight(
+    serve: Start, stack: ExitStack
+) -> None:
+    process = serve("--delay=60", "--grace-period=0.2")
+    [client] = send(process, stack)
+    begun = time.monotonic()
+    process.kill(signal.SIGTERM)
+    assert_one_is_cut_off(process, client)
+    assert time.monotonic() >= begun + 0.2
 
 
 @pytest.mark.parametrize(
@@ -177,32 +183,20 @@ async def test_two_signals_within_half_a_second_are_one_stop(
     assert shutdown.grace_ends == begun + grace_period
 
 
-def test_two_signals_at_the_same_time_let_requests_in_flight_finish(
-    start: Start, stack: ExitStack, release: Release
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(
+    start: Start, pool: ThreadPoolExecutor
 ) -> None:
-    [process] = start_each(start, 1, **release.settings)
-    client = send(process, stack)
-    process.freeze()
-    process.kill(signal.SIGINT)
-    process.kill(signal.SIGTERM)
-    process.thaw()
-    process.wait_for_log("shutting down")
-    release.now()
-    assert receive_all(client) == REPLY
-    client.close()
-    assert process.wait() == 0
-    assert "stopping at once" not in process.stderr
+    def is_ignored(process: Process, signum: signal.Signals) -> None:
+        process.wait_for_banner()
+        process.kill(signum)
+        process.wait_for_status("INFO 0 open")  # so it still runs
 
-
-def test_a_signal_that_was_ignored_at_the_start_stays_ignored(start: Start) -> None:
     processes = []
     for signum in STOP_SIGNALS:
         ignoring = ("sh", "-c", f'trap "" {signum.name[3:]}; exec "$@"', "sh")
         processes.append(start("--host=127.0.0.1", "--port=0", prefix=ignoring))
+    list(pool.map(is_ignored, processes, STOP_SIGNALS))
     for process, signum in zip(processes, STOP_SIGNALS, strict=True):
-        process.wait_for_banner()
-        process.kill(signum)
-        process.wait_for_status("INFO 0 open")  # so it still runs
         process.kill(signal.SIGTERM if signum != signal.SIGTERM else signal.SIGINT)
     for process, signum in zip(processes, STOP_SIGNALS, strict=True):
         assert process.wait() == 0
@@ -259,26 +253,13 @@ def test_signals_without_end_leave_exit_status_0_and_no_traceback(start: Start) 
         assert "Traceback" not in process.stderr
 
 
-def test_silent_clients_in_the_accept_queue_are_disconnected_when_it_stops(
-    serve: Start, stack: ExitStack
-) -> None:
-    process = serve("--client-timeout=60", "--grace-period=60")
-    process.freeze()
-    clients = [stack.enter_context(process.connect()) for _ in range(50)]
-    process.kill(signal.SIGTERM)
-    process.thaw()
-    assert process.wait() == 0
-    assert "50 sent nothing" in process.stderr
-    assert {receive_all(client) for client in clients} == {b""}
-
-
 async def test_more_clients_in_the_accept_queue_than_files_are_all_answered(
     serve: Start,
 ) -> None:
-    # There are four times as many clients as files.
+    # There are three times as many clients as files.
     process = serve("--delay=0.1", prefix=file_limit(40))
     process.freeze()
-    clients = [await trio.open_tcp_stream("127.0.0.1", process.port) for _ in range(160)]
+    clients = [await trio.open_tcp_stream("127.0.0.1", process.port) for _ in range(120)]
     replies: Counter[bytes] = Counter()
 
     async def ask(client: trio.SocketStream) -> None:
@@ -291,9 +272,9 @@ async def test_more_clients_in_the_accept_queue_than_files_are_all_answered(
     async with trio.open_nursery() as nursery:
         for client in clients:
             nursery.start_soon(ask, client)
-    assert replies == {REPLY: 160}
+    assert replies == {REPLY: 120}
     assert process.wait() == 0
-    assert "160 answered, 0 sent nothing, " in process.stderr
+    assert "120 answered, 0 sent nothing, " in process.stderr
 
 
 def test_clients_of_an_inherited_socket_are_left_to_the_next_process(
@@ -303,7 +284,7 @@ def test_clients_of_an_inherited_socket_are_left_to_the_next_process(
     start_on_socket = partial(activated, start, listener.fileno(), **release.settings)
     first = start_on_socket()
     first.wait_for_banner()
-    in_flight = send(first, stack)
+    [in_flight] = send(first, stack)
     first.kill(signal.SIGTERM)
     first.wait_for_log("shutting down")
     later = stack.enter_context(first.connect())
