@@ -3,23 +3,18 @@
 import os
 import re
 import resource
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 from process import Process, Start, activated, file_limit, hammering, receive_all, request, tool
-from streams import read_all
 
 from trio_server import Account, Outcome, Shutdown, serve_connection, serve_gracefully
-from trio_server.responder import REPLY
 
 
 @pytest.fixture(autouse=True)
@@ -31,21 +26,6 @@ def many_files() -> None:
 
 def resident_pages(process: Process) -> int:
     return int(Path(f"/proc/{process.popen.pid}/statm").read_text().split()[1])
-
-
-def test_last_call_answers_500_clients_in_the_listen_queue(serve: Start) -> None:
-    process = serve("--delay", "0.2")
-    process.freeze()
-    clients = [process.connect() for _ in range(500)]
-    for client in clients:
-        client.sendall(b"hi\n")
-    process.kill(signal.SIGTERM)
-    process.thaw()
-    for client in clients:
-        with client:
-            assert receive_all(client) == REPLY
-    assert process.wait() == 0
-    assert "500 answered, " in process.stderr
 
 
 def test_three_shutdowns_under_load_answer_all_that_were_accepted(serve: Start) -> None:
@@ -159,30 +139,6 @@ def test_systemd_starts_it_on_the_first_connection_and_loses_nothing(start: Star
     assert set(results) == {"answered"}
 
 
-async def test_1000_clients_at_once_with_a_limit_of_256_files(serve: Start) -> None:
-    process = serve("--delay", "0.2", prefix=file_limit(256))
-    before = process.descriptors
-    started = time.monotonic()
-    results: Counter[bytes] = Counter()
-
-    async def one_client() -> None:
-        async with await trio.open_tcp_stream("127.0.0.1", process.port) as client:
-            await client.send_all(b"hi\n")
-            results[await read_all(client)] += 1
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(1000):
-            nursery.start_soon(one_client)
-    assert results == {REPLY: 1000}
-    seconds = time.monotonic() - started
-
-    process.wait_until(lambda: process.descriptors == before)
-    complaints = re.findall("accept returned EMFILE", process.stderr)
-    assert 1 <= len(complaints) <= seconds + 1
-    assert "Traceback" not in process.stderr
-    assert process.stop() == 0
-
-
 def test_the_file_limit_is_raised_and_said(serve: Start) -> None:
     process = serve("--log-level", "debug", prefix=file_limit(100, soft=True))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -230,135 +186,6 @@ def test_20000_connections_leave_descriptors_and_memory_flat(serve: Start) -> No
     while len(pages) == 1 or pages[-1] > pages[-2] * 1.01:
         assert len(pages) <= 4, pages
         pages.append(serve_many(8_000))
-
-
-BIG = 10_000_000  # bytes: more than the kernel's buffers take
-
-
-async def faulty(request: bytes) -> bytes:
-    match request:
-        case b"raise":
-            raise ValueError("boom")
-        case b"raise group":
-            raise ExceptionGroup("boom", [ValueError(), OSError()])
-        case b"nothing":
-            return None  # type: ignore[return-value]
-        case b"big":
-            return bytes(BIG)
-        case b"never":
-            await trio.sleep_forever()
-    await trio.sleep(0.2)
-    return REPLY
-
-
-async def serve_in(
-    handler: Callable[[trio.SocketStream], Awaitable[object]],
-    shutdown: Shutdown,
-    *,
-    task_status: trio.TaskStatus[int],
-) -> None:
-    """Serve on a free port of 127.0.0.1, and say which."""
-    async with trio.open_nursery() as nursery:
-        server = partial(trio.serve_tcp, handler, 0, host="127.0.0.1")
-        listeners = await nursery.start(serve_gracefully, server, shutdown)
-        task_status.started(listeners[0].socket.getsockname()[1])
-
-
-async def connect(port: int, request: bytes = b"") -> trio.SocketStream:
-    client = await trio.open_tcp_stream("127.0.0.1", port)
-    if request:
-        await client.send_all(request)
-    return client
-
-
-async def read_slowly(client: trio.SocketStream) -> int:
-    received = 0
-    async for chunk in client:
-        received += len(chunk)
-        await trio.sleep(0.005)
-    return received
-
-
-async def test_neighbours_do_not_notice_faulty_responders() -> None:
-    tasks_before = trio.lowlevel.current_statistics().tasks_living
-    shutdown, account = Shutdown(), Account()
-    handler = partial(serve_connection, respond=faulty, shutdown=shutdown, account=account)
-    async with trio.open_nursery() as nursery:
-        port = await nursery.start(serve_in, handler, shutdown)
-        faults = (b"raise", b"raise group", b"nothing", b"never")
-        clients = [await connect(port, fault) for fault in faults]
-        slow_reads = []
-
-        async def read_big() -> None:
-            async with await connect(port, b"big") as client:
-                slow_reads.append(await read_slowly(client))
-
-        nursery.start_soon(read_big)
-        for _ in range(10):
-            async with await connect(port, b"hi") as client:
-                assert await read_all(client) == REPLY
-        for client in clients[:3]:
-            assert await read_all(client) == b""
-        while not slow_reads:
-            await trio.sleep(0.01)
-        assert slow_reads == [BIG]
-        shutdown.begin(0.3)
-    for client in clients:
-        await client.aclose()
-    assert account.outcomes == {Outcome.ANSWERED: 11, Outcome.FAILED: 3, Outcome.CUT_OFF: 1}
-    assert trio.lowlevel.current_statistics().tasks_living == tasks_before
-
-
-def test_a_signal_with_a_connection_in_every_state(serve: Start) -> None:
-    process = serve("--delay", "0.6", "--max-concurrent", "1", "--log-level", "debug")
-
-    def connected(text: bytes) -> socket.socket:
-        client = process.connect()
-        client.sendall(text)
-        return client
-
-    with (
-        connected(b"drains") as draining,
-        process.connect() as silent,
-    ):
-        assert draining.recv(1000) == REPLY
-        with connected(b"hi") as in_flight, connected(b"waits") as waiting:
-            process.wait_for_status(r"\b2 in flight")
-            process.kill(signal.SIGTERM)
-            assert receive_all(silent) == b""
-            assert receive_all(in_flight) == REPLY
-            assert receive_all(waiting) == REPLY
-        assert process.wait() == 0
-    assert "3 answered, 1 sent nothing, 0 went away, 0 timed out, 0 cut off" in process.stderr
-
-
-def test_100_silent_clients_hold_no_permit(serve: Start) -> None:
-    process = serve("--delay", "0.2", "--max-concurrent", "10")
-    silent = [process.connect() for _ in range(100)]
-    # With the limit around the connection, it would take ten client timeouts: 300 s.
-    assert request(("127.0.0.1", process.port)) == "answered"
-    assert process.stop() == 0
-    for client in silent:
-        client.close()
-    assert "1 answered, 100 sent nothing, " in process.stderr
-
-
-def test_clients_that_are_silent_after_their_reply_are_disconnected_before_the_client_timeout(
-    serve: Start,
-) -> None:
-    process = serve("--delay", "0", "--client-timeout", "60")
-    before = process.descriptors
-    clients = [process.connect() for _ in range(20)]
-    for client in clients:
-        client.sendall(b"hi\n")
-    for client in clients:
-        assert client.recv(1000) == REPLY
-    assert process.descriptors == before + 20
-    process.wait_until(lambda: process.descriptors == before)
-    for client in clients:
-        client.close()
-    assert process.stop() == 0
-    assert "20 answered, " in process.stderr
 
 
 async def test_a_shutdown_reads_all_of_a_request_before_it_closes() -> None:
