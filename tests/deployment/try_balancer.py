@@ -38,6 +38,7 @@ def main() -> int:
         servers = [Server(Path(folder), host, options.delay) for host in SERVERS]
         for server in servers:
             stack.callback(server.end)
+            server.wait_until_it_accepts()
         stack.enter_context(balancing(Path(folder)))
         with ExitStack() as load:
             clients = {name: Clients(load, port) for name, port in BALANCERS.items()}
@@ -46,6 +47,7 @@ def main() -> int:
                 server.stop()
                 time.sleep(PAUSE)
                 server.start()
+                server.wait_until_it_accepts()
             time.sleep(PAUSE)
     print(f"Restarts under load: {len(servers) * options.rounds}")
     return max([one.report(name, options.delay) for name, one in clients.items()])
@@ -68,8 +70,11 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        """Start it, and wait until it accepts."""
+        """Start it."""
         self._process = Process(self._folder, self._options)
+
+    def wait_until_it_accepts(self) -> None:
+        """Wait until it accepts connections."""
         self._process.wait_for_banner()
 
     def stop(self) -> None:
