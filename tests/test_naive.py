@@ -217,8 +217,8 @@ def test_many_clients_connect_at_once(servers: Servers) -> None:
 
 
 def test_there_are_more_clients_than_files(servers: Servers, pool: ThreadPoolExecutor) -> None:
-    fifteen, ours = servers(prefix=file_limit(40, soft=True), delay=0.25)
-    clients = [pool.submit(server.ask) for _ in range(50) for server in (fifteen, ours)]
+    fifteen, ours = servers(prefix=file_limit(40, soft=True), delay=0.2)
+    clients = [pool.submit(server.ask) for _ in range(70) for server in (fifteen, ours)]
     assert results(clients) == ["answered"]
     assert fifteen.process.stderr.count("Traceback") > 1
     assert "Too many open files" in fifteen.process.stderr
