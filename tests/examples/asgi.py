@@ -13,7 +13,6 @@ hypercorn 0.18.0, HTTP/1.1 and WebSockets. HTTP/2 needs a change: see `tell_hype
 
 import math
 import signal
-import sys
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,6 @@ from hypercorn.trio.worker_context import WorkerContext
 
 from trio_server import Shutdown, serve_gracefully
 
-PORT = int(sys.argv[1]) if sys.argv[1:] else 1729
 stop = Shutdown()
 
 
@@ -75,7 +73,7 @@ async def main() -> None:
         nursery.start_soon(tell_hypercorn, config, context)
         await nursery.start(lifespan.handle_lifespan)
         await lifespan.wait_for_startup()
-        await serve_gracefully(partial(trio.serve_tcp, handler, PORT), stop)
+        await serve_gracefully(partial(trio.serve_tcp, handler, 1729), stop)
         await lifespan.wait_for_shutdown()
         nursery.cancel_scope.cancel()
 

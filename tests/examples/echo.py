@@ -1,14 +1,12 @@
 """An echo server. SIGTERM or Ctrl-C stops it gracefully, and a second one at once."""
 
 import signal
-import sys
 from functools import partial
 
 import trio
 
 from trio_server import Shutdown, serve_gracefully
 
-PORT = int(sys.argv[1]) if sys.argv[1:] else 1729
 stop = Shutdown()
 
 
@@ -30,7 +28,7 @@ async def stop_on_signals() -> None:
 async def main() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_on_signals)
-        await serve_gracefully(partial(trio.serve_tcp, echo, PORT), stop)
+        await serve_gracefully(partial(trio.serve_tcp, echo, 1729), stop)
         nursery.cancel_scope.cancel()  # It ends `stop_on_signals`, which would wait for ever.
 
 

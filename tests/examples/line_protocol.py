@@ -4,35 +4,30 @@ A shutdown answers each line that has arrived. It disconnects a client that is s
 """
 
 import signal
-import sys
 from functools import partial
 
 import trio
 
 from trio_server import Shutdown, serve_gracefully
 
-PORT = int(sys.argv[1]) if sys.argv[1:] else 1729
-MOST = 1000  # bytes in a line, so that no client can make the server store more
 stop = Shutdown()
 
 
 async def serve_lines(stream: trio.SocketStream) -> None:
     received = b""
     while True:
-        with stop.move_on_after(30) as wait:  # The client has this time to send a whole line.
-            while b"\n" not in received and len(received) <= MOST:
-                data = await stream.receive_some(MOST)
+        with stop.move_on_after(30):  # The client has this time to send a whole line, …
+            while b"\n" not in received and len(received) < 1000:  # … which is not too long.
+                data = await stream.receive_some()
                 if not data:
                     return
                 received += data
         line, newline, received = received.partition(b"\n")
-        if wait.cancelled_caught or not newline:
+        if not newline:
             return
         await trio.sleep(1)  # The work. It is outside the block, so a shutdown lets it finish.
-        with trio.move_on_after(30) as wait:
+        with trio.fail_after(30):  # A client that does not read its replies is an error.
             await stream.send_all(line.upper() + b"\n")
-        if wait.cancelled_caught:  # The client does not read its replies.
-            return
 
 
 async def stop_on_signals() -> None:
@@ -44,7 +39,7 @@ async def stop_on_signals() -> None:
 async def main() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_on_signals)
-        await serve_gracefully(partial(trio.serve_tcp, serve_lines, PORT), stop)
+        await serve_gracefully(partial(trio.serve_tcp, serve_lines, 1729), stop)
         nursery.cancel_scope.cancel()
 
 

@@ -12,7 +12,6 @@ import trio
 
 from trio_server import Shutdown, hello_world, serve_connection, serve_gracefully
 
-PORT = int(sys.argv[2]) if sys.argv[2:] else 1729
 stop = Shutdown()
 
 
@@ -29,7 +28,7 @@ async def main() -> None:
     handler = partial(serve_connection, respond=respond, shutdown=stop)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_on_signals)
-        await serve_gracefully(partial(trio.serve_ssl_over_tcp, handler, PORT, context), stop)
+        await serve_gracefully(partial(trio.serve_ssl_over_tcp, handler, 1729, context), stop)
         nursery.cancel_scope.cancel()
 
 

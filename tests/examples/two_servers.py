@@ -1,14 +1,12 @@
 """A TCP server and a Unix socket that stop together. The line "stop" to the socket ends both."""
 
 import signal
-import sys
 from functools import partial
 
 import trio
 
 from trio_server import Shutdown, hello_world, serve_connection, serve_gracefully
 
-PORT = int(sys.argv[1]) if sys.argv[1:] else 1729
 ADMIN = trio.Path("admin.sock")
 stop = Shutdown()
 
@@ -31,15 +29,14 @@ async def main() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_on_signals)
         async with trio.open_nursery() as servers:
-            tcp = partial(trio.serve_tcp, handler, PORT)
-            await servers.start(partial(serve_gracefully, tcp, stop))
+            await servers.start(serve_gracefully, partial(trio.serve_tcp, handler, 1729), stop)
             # The port is ours now, so if the path exists, a server that was killed left it.
             await ADMIN.unlink(missing_ok=True)
             unix = trio.socket.socket(trio.socket.AF_UNIX)
             await unix.bind(str(ADMIN))
             unix.listen()
             local = partial(trio.serve_listeners, admin, [trio.SocketListener(unix)])
-            await servers.start(partial(serve_gracefully, local, stop))
+            await servers.start(serve_gracefully, local, stop)
         await ADMIN.unlink()  # Trio does not remove it.
         nursery.cancel_scope.cancel()
 
