@@ -1,11 +1,11 @@
-"""The command line: its options, and a sentence for each reason why it cannot be served."""
+"""The command line: its options, its addresses, and a sentence for why it cannot be served."""
 
 import argparse
 import errno
 import math
 import os
 import socket
-import sys
+from contextlib import suppress
 from functools import partial
 
 import trio_server
@@ -14,111 +14,78 @@ from trio_server.responder import DELAY
 from trio_server.shutdown import GRACE_PERIOD
 
 PORT = 1729  # the smallest number that is a sum of two cubes in two ways
-HIGHEST_PORT = 65535  # 16 bits (RFC 9293, section 3.1)
+LONGEST = 1_000_000  # seconds, 11 days
+NUMBERS = (  # option, type, least, most, default, meaning
+    ("port", int, 0, 65_535, PORT, "port to listen on; with 0 the kernel chooses one"),
+    ("delay", float, 0, LONGEST, DELAY, "simulated work for each request"),
+    ("client-timeout", float, 0.001, LONGEST, CLIENT_TIMEOUT, "for the request; for the reply"),
+    ("grace-period", float, 0, LONGEST, GRACE_PERIOD, "for requests in flight at a stop"),
+    ("max-concurrent", int, 1, math.inf, math.inf, "requests to work on; the others wait"),
+)
+NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # on this machine: bind(2)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the options; end the process with status 2 after wrong usage."""
     parser = argparse.ArgumentParser(
         prog="trio-server",
-        description="Answer every TCP connection with an HTTP 200 and `Hello World!`, "
-        "after a pause that stands in for work.",
-        epilog="example: trio-server --host '' --port 8080 --delay 0.5",
-        allow_abbrev=False,
+        description="Answer each TCP connection with an HTTP 200 and `Hello World!`.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option(
-        "--host",
-        default="localhost",
-        help="name or address to listen on; a name with several addresses gets a listener on "
-        "each; an empty string means all interfaces (default: %(default)s)",
-    )
-    option(
-        "--port",
-        type=partial(whole_number, least=0, most=HIGHEST_PORT),
-        default=PORT,
-        help="port to listen on; with 0 the kernel chooses one (default: %(default)s)",
-    )
-    option(
-        "--delay",
-        type=seconds,
-        default=DELAY,
-        metavar="SECONDS",
-        help="simulated work for each request (default: %(default)g)",
-    )
-    option(
-        "--client-timeout",
-        type=partial(seconds, zero=False),
-        default=CLIENT_TIMEOUT,
-        metavar="SECONDS",
-        help="time limit for the client to send its request, and again to receive the reply and "
-        "close (default: %(default)g)",
-    )
-    option(
-        "--grace-period",
-        type=seconds,
-        default=GRACE_PERIOD,
-        metavar="SECONDS",
-        help="time limit for requests in flight after a stop signal (default: %(default)g)",
-    )
-    option(
-        "--max-concurrent",
-        type=partial(whole_number, least=1),
-        metavar="N",
-        help="work on at most N requests at a time; the others wait (default: no limit)",
-    )
-    option(
-        "--log-level",
-        type=str.lower,
-        choices=("debug", "info", "warning", "error"),
-        default="info",
-        help="minimum level to log on stderr; debug also shows clients that send nothing "
-        "(default: %(default)s)",
-    )
+    option("--host", default="localhost", help="name or address; '' means all interfaces")
+    for name, kind, least, most, default, meaning in NUMBERS:
+        unit = "SECONDS" if kind is float else "N"
+        parse = partial(number, kind, least, most)
+        option(f"--{name}", type=parse, default=default, metavar=unit, help=meaning)
+    levels = ("debug", "info", "warning", "error")
+    option("--log-level", type=str.lower, choices=levels, default="info", help="least to log")
     option("--watch", action="store_true", help="show the connections live in the terminal")
     option("--version", action="version", version=f"%(prog)s {trio_server.__version__}")
     options = parser.parse_args()
-    is_terminal = sys.stdout and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    if options.watch and not is_terminal:
+    if options.watch and not os.isatty(1):
         parser.error("--watch needs a terminal: leave it out when stdout is redirected")
     return options
 
 
-def whole_number(text: str, *, least: int, most: int = sys.maxsize) -> int:
-    """Parse a whole number within limits."""
-    if not (text.isdecimal() and least <= float(text) <= most):
-        limits = f"{least} or more" if most == sys.maxsize else f"{least} to {most}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {limits}")
-    return int(text)
+def number(kind: type[float], least: float, most: float, text: str) -> float:
+    """Parse a number within limits."""
+    with suppress(ValueError):
+        value = kind(text)
+        if least <= value <= most:
+            return value
+    name = "a whole number" if kind is int else "a number"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {least:,} to {most:,}")
 
 
-def seconds(text: str, *, zero: bool = True) -> float:
-    """Parse a length of time."""
+def resolve(host: str, port: int) -> list[str]:
+    """Return the numeric addresses of a host, each once. A host without one is an `OSError`."""
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf or (value == 0 and not zero):
-        least = "0 or more" if zero else "more than 0"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, {least}")
-    return value
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except UnicodeError as error:  # It cannot be a name: `a..b`, or a label of 64 letters.
+        raise socket.gaierror(socket.EAI_NONAME, "not a host name") from error
+    # An IPv6 address may have a zone, as in ``fe80::1%2``, which `getaddrinfo` has split off.
+    hosts = [f"{ip}%{rest[-1]}" if any(rest) else str(ip) for *_, (ip, _, *rest) in found]
+    return list(dict.fromkeys(hosts))  # A hosts file may name an address twice.
 
 
-def advice(error: Exception, options: argparse.Namespace) -> str:
+def advice(error: BaseException, options: argparse.Namespace) -> str:
     """Return one sentence: why the server cannot serve, and what to do about it."""
-    where = f"host {options.host!r}, port {options.port}"
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    host, port = f"host {options.host!r}", f"port {options.port}"
     match error:
         case socket.gaierror():
-            return f"host {options.host!r} does not resolve ({error.strerror}): check --host"
+            return f"{host} does not resolve ({error.strerror}): check --host"
         case OSError(errno=errno.EADDRINUSE):
             return (
-                f"port {options.port} is already in use: stop the program that listens on it, "
+                f"{port} is already in use: stop the program that listens on it, "
                 "or choose another port with --port"
             )
         case OSError(errno=errno.EACCES):
-            return f"port {options.port} needs privileges: choose 1024 or higher with --port"
-        case OSError(errno=errno.EADDRNOTAVAIL | errno.EAFNOSUPPORT):
+            return f"{port} needs privileges: choose 1024 or higher with --port"
+        case OSError() if error.errno in NO_SUCH_ADDRESS:
             return f"this machine has no address of {options.host!r}: choose another with --host"
-        case OSError():
-            return f"cannot serve on {where} ({error.strerror}): check --host and --port"
-    return f"cannot accept on {where} any more ({error!r}): restart the server"
+    return f"cannot serve on {host}, {port} ({error}): check --host and --port"
