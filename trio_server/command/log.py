@@ -1,8 +1,7 @@
 """The log on stderr, which never delays the server.
 
 A reader of stderr may stop reading: a pager, Ctrl-S, a log driver that hangs. A plain handler
-then blocks at its next line, and the whole server with it. Here a line goes into a buffer, and
-only one thread waits for the reader.
+would block at its next line, and with it the server. Here only one thread waits for the reader.
 """
 
 import logging
@@ -11,15 +10,13 @@ import select
 import sys
 import threading
 import time
-from collections import deque
 from contextlib import suppress
-
-import trio
+from functools import lru_cache
+from queue import SimpleQueue
 
 BUFFER_SIZE = 10_000  # lines, about a megabyte; a few seconds of a busy server
 GATHERING_TIME = 0.1  # seconds, too short to notice; lines that come meanwhile share a write
 LAST_SECOND = 1.0  # seconds for the last lines, when the process ends
-
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # syslog(3)
 
 logger: logging.Logger = logging.getLogger("trio_server")
@@ -34,24 +31,30 @@ class Log(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lines: deque[str] = deque()
+        self._lines: SimpleQueue[str] = SimpleQueue()
         self._dropped = 0
-        self._ready = threading.Event()  # There are lines to write.
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         with suppress(RuntimeError):  # The limit of processes is reached.
             self._thread.start()
+        stderr = os.fstat(2)  # systemd.exec(5) has the variable that tells where stderr leads.
+        self._journal = os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as text, with its time, or for the journal with its priority."""
+        text = super().format(record)
+        if self._journal:
+            prefix = f"<{PRIORITIES.get(record.levelname, 6)}>"  # sd-daemon(3)
+            return "".join(f"{prefix}{line}\n" for line in text.splitlines())
+        return f"{format_time(int(record.created))} {record.levelname} {text}\n"
 
     def emit(self, record: logging.LogRecord) -> None:
         """Put a record into the buffer, or drop it."""
-        line = self.format(record) + "\n"
         if not self._thread.is_alive():
             if select.select((), (2,), (), 0)[1]:  # The reader reads.
-                write_all(2, line)
-        elif len(self._lines) < BUFFER_SIZE:
-            self._lines.append(line)
-            if not self._ready.is_set():
-                self._ready.set()
+                write_all(2, self.format(record))
+        elif self._lines.qsize() < BUFFER_SIZE:
+            self._lines.put(self.format(record))
         else:
             self._dropped += 1
 
@@ -59,18 +62,16 @@ class Log(logging.Handler):
         """Write what is left, for a second at most. The process is about to end."""
         if self._thread.is_alive() and not self._ending.is_set():
             self._ending.set()
-            self._ready.set()
+            self._lines.put("")  # The thread may be waiting for a line.
             self._thread.join(LAST_SECOND)
-        super().close()
 
     def _run(self) -> None:
-        while self._lines or not self._ending.is_set():
-            self._ready.wait()
+        while not (self._ending.is_set() and self._lines.empty()):
+            text = self._lines.get()
             self._ending.wait(GATHERING_TIME)
-            self._ready.clear()
-            write_all(2, "".join(self._lines.popleft() for _ in range(len(self._lines))))
+            write_all(2, text + "".join(self._lines.get() for _ in range(self._lines.qsize())))
             self.acquire()  # so that no line takes the place of the message
-            if self._dropped and len(self._lines) < BUFFER_SIZE:
+            if self._dropped and self._lines.qsize() < BUFFER_SIZE:
                 number, self._dropped = self._dropped, 0
                 logger.warning("%d lines of this log were dropped: nothing read them", number)
             self.release()
@@ -82,82 +83,33 @@ def write_all(descriptor: int, text: str) -> None:
     # Not through Python's file object: its lock would block the exit if this thread is stuck.
     with suppress(OSError):
         while data:
-            try:
-                data = data[os.write(descriptor, data) :]
-            except BlockingIOError:  # Another program has made the descriptor non-blocking.
-                select.select((), (descriptor,), ())
+            select.select((), (descriptor,), ())  # Another program may have made it non-blocking.
+            data = data[os.write(descriptor, data) :]
 
 
-async def write_stdout(text: str, limiter: trio.CapacityLimiter | None = None) -> None:
-    """Write to stdout in a thread, which is abandoned if the reader has stopped reading.
-
-    With a ``CapacityLimiter(1)`` the writes stay in order, even after one was abandoned.
-    """
-    if sys.stdout is None:  # It was closed from the start: descriptor 1 may be another file.
-        return
-    try:
-        await trio.to_thread.run_sync(write_all, 1, text, abandon_on_cancel=True, limiter=limiter)
-    except RuntimeError:  # No thread can be started.
-        write_all(1, text)
-
-
-class TimeFormatter(logging.Formatter):
-    """Formats the time of a line once a second."""
-
-    _second, _text = 0, ""
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
-        """Return the time of a record."""
-        if int(record.created) != self._second:
-            self._second = int(record.created)
-            self._text = super().formatTime(record, datefmt)
-        return self._text
-
-
-class JournalFormatter(logging.Formatter):
-    """Starts each line with its priority, as the journal expects it (sd-daemon(3))."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return a record, perhaps with a traceback, as lines."""
-        prefix = f"<{PRIORITIES.get(record.levelname, 6)}>"
-        return "\n".join(prefix + line for line in super().format(record).splitlines())
+@lru_cache(maxsize=1)
+def format_time(second: int) -> str:
+    """Return a time as the log shows it. All lines of a second share one call."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 class OncePerSecond(logging.Filter):
-    """Passes one record a second, without its traceback.
-
-    At the limit of open files Trio logs ten failed `accept`s a second for each listener.
-    """
+    """Passes one record a second, without a traceback: Trio logs ten at the limit of files."""
 
     _next = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether to log this record."""
-        now = time.monotonic()
-        if now < self._next:
-            return False
-        self._next = now + 1
         record.exc_info = None
+        if time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + 1
         return True
 
 
 def set_up_logging(level: str) -> logging.Handler:
     """Log to stderr from a level on. Return the handler, which has to be closed at the end."""
     log = logging.NullHandler() if sys.stderr is None else Log()
-    if _stderr_is_the_journal():
-        log.setFormatter(JournalFormatter())  # The journal adds the time.
-    else:
-        text, times = "%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"
-        log.setFormatter(TimeFormatter(text, times))
-    logging.basicConfig(handlers=[log], level=level.upper())
+    logging.basicConfig(handlers=[log], level=level.upper(), format="%(message)s")
     logging.getLogger("trio.serve_listeners").addFilter(OncePerSecond())
     return log
-
-
-def _stderr_is_the_journal() -> bool:
-    """Return whether systemd has connected stderr to the journal (systemd.exec(5))."""
-    try:
-        stderr = os.fstat(2)
-    except OSError:
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
