@@ -3,9 +3,8 @@
 import logging
 import os
 import signal
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 
 import trio
 
@@ -20,11 +19,9 @@ logger: logging.Logger = logging.getLogger("trio_server")
 
 
 def exit_on_stop_signals() -> list[signal.Signals]:
-    """Let a stop signal end the process while there is nothing to stop. Return these signals.
+    """Let each stop signal that is not ignored (`nohup`) end the process; return these signals.
 
-    The kernel ignores a signal that has its default action if this is process 1 of a container,
-    so each signal gets a handler. One that was ignored from the start (`nohup`, a script's
-    background job) stays ignored, and is not returned.
+    Process 1 of a container needs a handler for each: the kernel ignores the default action.
     """
     stop_signals = [one for one in STOP_SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
     for one in stop_signals:
@@ -33,15 +30,11 @@ def exit_on_stop_signals() -> list[signal.Signals]:
     return stop_signals
 
 
-@contextmanager
-def receive(stop_signals: list[signal.Signals]) -> Iterator[AsyncIterator[int]]:
-    """Receive these signals and SIGUSR1 in the block, and ignore them after it."""
-    # Trio restores the handlers at the end. A signal that comes then must not end the process
-    # with another exit status, so ignoring is what it restores.
+def receive(stop_signals: list[signal.Signals]) -> AbstractContextManager[AsyncIterator[int]]:
+    """Receive these signals and SIGUSR1 in a block, and ignore them after it."""
     for one in stop_signals:
-        signal.signal(one, signal.SIG_IGN)
-    with trio.open_signal_receiver(*stop_signals, signal.SIGUSR1) as received:
-        yield received
+        signal.signal(one, signal.SIG_IGN)  # This is what Trio restores after the block.
+    return trio.open_signal_receiver(*stop_signals, signal.SIGUSR1)
 
 
 async def handle(
@@ -66,9 +59,7 @@ async def handle(
             logger.info(
                 "%s: shutting down within %g s, requests in flight: %d; "
                 "a second Ctrl-C or SIGTERM (after half a second) stops at once",
-                name,
-                grace_period,
-                account.in_flight,
+                *(name, grace_period, account.in_flight),
             )
         elif trio.current_time() >= begun_at + ONE_STOP:
             shutdown.begin(0)
@@ -77,11 +68,7 @@ async def handle(
 
 def status(account: Account, limiter: trio.CapacityLimiter) -> str:
     """Return the present state, and how connections have ended so far, as text."""
-    received = [exchange.received_at for exchange in account.open if exchange.in_flight]
-    oldest = f" (the oldest for {trio.current_time() - min(received):.1f} s)" if received else ""
-    waiting = limiter.statistics().tasks_waiting
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(account.since))
     return (
-        f"{len(account.open)} open, {len(received)} in flight{oldest}, {waiting} waiting for "
-        f"--max-concurrent; since {since}: {account.totals()}"
+        f"{len(account.open)} open, {account.in_flight} in flight, "
+        f"{limiter.statistics().tasks_waiting} waiting for --max-concurrent; {account.totals()}"
     )
