@@ -1,27 +1,19 @@
-"""The live view (``--watch``): draw the connections in the terminal ten times a second.
+"""The live view (``--watch``): a task that draws the connections ten times a second."""
 
-It is one more task, and reads the records of the connections without a lock: no other task runs
-before its next `await`, so all that it draws belongs to one moment.
-"""
-
-import itertools
 import locale
 import logging
-import math
 import os
 import re
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import shutil
+from functools import partial
+from logging.handlers import MemoryHandler
 
 import trio
 
 from trio_server.account import Account, Exchange, Outcome
-from trio_server.command.log import LAST_SECOND, write_stdout
+from trio_server.command.log import LAST_SECOND, write_all
 from trio_server.shutdown import Shutdown
 
-INTERVAL = 0.1  # seconds between two frames
-PEER, REQUEST, BAR, TIME = 21, 16, 20, 10  # columns; in a narrow terminal REQUEST and BAR shrink
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the other screen, without a cursor
 ASCII = str.maketrans("█▌░·─…", "#=.|-~")  # for a locale without these
 
@@ -29,98 +21,64 @@ ASCII = str.maketrans("█▌░·─…", "#=.|-~")  # for a locale without the
 class View:
     """What the terminal shows of a server."""
 
-    def __init__(self, account: Account, shutdown: Shutdown, delay: float) -> None:
-        self.account: Account = account
-        self.shutdown: Shutdown = shutdown
-        self.delay: float = max(delay, 1e-9)  # A bar divides by it.
-        self.warnings: deque[logging.LogRecord] = deque(maxlen=100)
+    def __init__(self, account: Account, shutdown: Shutdown, delay: float, url: str) -> None:
+        self.account, self.shutdown, self.delay, self.url = account, shutdown, delay, url
+        self.warnings = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)
+        self.warnings.setLevel(logging.WARNING)
 
-    async def show(self, urls: list[str]) -> None:
-        """Draw until cancelled, then leave the terminal as it was."""
-        in_order = trio.CapacityLimiter(1)
-        size = os.terminal_size((80, 24))
-        with keeping_warnings(self.warnings):
-            try:
-                await write_stdout(ENTER, in_order)
-                while True:
-                    with suppress(OSError):  # The terminal is gone.
-                        size = os.get_terminal_size(1)
-                    lines = self.draw(urls, size, trio.current_time())
-                    await write_stdout(frame(lines), in_order)
-                    await trio.sleep(INTERVAL)
-            except Exception:
-                logging.getLogger("trio_server").exception("the view failed; the server goes on")
-            finally:
-                end = trio.current_time() + LAST_SECOND  # The terminal may be stuck.
-                with trio.CancelScope(deadline=end, shield=True):
-                    await write_stdout(LEAVE, in_order)
+    async def show(self) -> None:
+        """Draw until cancelled, then leave the terminal as it was, and log the warnings again."""
+        # If the terminal is stuck, a cancelled write is abandoned, but the next one waits for it.
+        one = trio.CapacityLimiter(1)
+        in_thread = partial(trio.to_thread.run_sync, abandon_on_cancel=True, limiter=one)
+        log, on_terminal = logging.root.handlers, os.isatty(2)
+        self.warnings.setTarget(log[0] if on_terminal else logging.NullHandler())
+        logging.root.handlers = [self.warnings, *([] if on_terminal else log)]
+        try:
+            await in_thread(write_all, 1, ENTER)
+            while True:
+                text = frame(self.draw(*shutil.get_terminal_size(), trio.current_time()))
+                await in_thread(write_all, 1, text)  # No lock: other tasks run only from here on.
+                await trio.sleep(0.1)
+        except Exception:
+            logging.getLogger("trio_server").exception("the view failed; the server goes on")
+        finally:
+            with trio.CancelScope(deadline=trio.current_time() + LAST_SECOND, shield=True):
+                await in_thread(write_all, 1, LEAVE)
+            logging.root.handlers = log
+            self.warnings.close()
 
-    def draw(self, urls: list[str], size: tuple[int, int], now: float) -> list[str]:
-        """Return the lines for a terminal of this many columns and rows."""
-        columns, rows = size[0] or 80, size[1] or 24  # Some terminals do not know their size.
-        account, exchanges = self.account, list(self.account.open)
-        in_flight = account.in_flight
+    def draw(self, columns: int, rows: int, now: float) -> list[str]:
+        """Return the lines for a terminal of this size."""
+        exchanges, in_flight = list(self.account.open), self.account.in_flight
         facts = [f"{in_flight:,} in flight", f"{len(exchanges) - in_flight:,} idle"]
-        facts += [f"{n:,} {one.value}" for one in Outcome if (n := account.outcomes[one])]
+        facts += [f"{n:,} {one.value}" for one in Outcome if (n := self.account.outcomes[one])]
         if self.shutdown.begun:
-            left = max(self.shutdown.grace_ends - now, 0)
-            facts.insert(0, "shutting down" + (f", {left:.0f} s left" if left < math.inf else ""))
-        title = " · ".join([f"trio_server on {', '.join(urls)}", *facts])
-        title = title if len(title) < columns else " · ".join(facts)
-        below = [f"! {ascii(one.getMessage())[1:-1]}" for one in list(self.warnings)[-3:]]
-        answered = [one for one in reversed(account.ended) if one.outcome is Outcome.ANSWERED]
-        if answered:
-            below.append("── answered ──")
-            below += [self.row(one, columns, now) for one in answered[: rows // 4]]
-        room = rows - 1 - len(below)
-        shown = exchanges if len(exchanges) <= room else exchanges[: max(room - 1, 0)]
-        lines = [self.row(one, columns, now) for one in shown]
-        if hidden := len(exchanges) - len(shown):
-            lines.append(f"… and {hidden:,} more")
-        return [line[: columns - 1] for line in [title, *lines, *below][:rows]]
+            facts.insert(0, f"shutting down, {max(self.shutdown.grace_ends - now, 0):.0f} s left")
+        title = " · ".join([f"trio_server on {self.url}", *facts])
+        answered = [one for one in reversed(self.account.ended) if one.outcome is Outcome.ANSWERED]
+        below = [self.row(one, columns, now) for one in answered[: rows // 4]]
+        below = ["── answered ──", *below] if below else []
+        below += [f"! {ascii(one.getMessage())[1:-1]}" for one in self.warnings.buffer[-3:]]
+        room = max(rows - 2 - len(below), 0)
+        lines = [title if len(title) < columns else " · ".join(facts)]
+        lines += [self.row(one, columns, now) for one in exchanges[:room]]
+        if len(exchanges) > room:
+            lines.append(f"… and {len(exchanges) - room:,} more")
+        return [line[: columns - 1] for line in [*lines, *below][:rows]]
 
     def row(self, exchange: Exchange, columns: int, now: float) -> str:
         """Return the line of one exchange: its client, its request, how far it is."""
-        wide = max(min(REQUEST, columns - PEER - 4 - TIME), 1)
-        request = exchange.first_line
-        request = request if len(request) <= wide else request[: wide - 1] + "…"
-        start = f"{exchange.peer:{PEER}}  {request:{wide}}  "
+        width = max(min(16, columns - 37), 1)  # In a narrow terminal, request and bar shrink.
+        start = f"{exchange.peer:21}  {exchange.first_line:{width}.{width}}  "
         if not exchange.request:
             return f"{start}connected, has sent nothing for {now - exchange.accepted_at:.0f} s"
         if exchange.answered_at is not None:
-            took = f"{start}{exchange.answered_at - exchange.received_at:.3f} s"
-            return f"{took}, has not closed yet" if exchange in self.account.open else took
+            return f"{start}{exchange.answered_at - exchange.received_at:.3f} s"
         worked = now - exchange.received_at
-        width = max(min(BAR, columns - len(start) - TIME), 0)
-        full, half = divmod(int(2 * width * min(worked / self.delay, 1)), 2)
-        return f"{start}{('█' * full + '▌' * half).ljust(width, '░')}  {worked:.1f} s"
-
-
-class Keeper(logging.Handler):
-    """Appends each warning to a deque."""
-
-    def __init__(self, warnings: deque[logging.LogRecord]) -> None:
-        super().__init__(logging.WARNING)
-        self.warnings: deque[logging.LogRecord] = warnings
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep a record."""
-        self.warnings.append(record)
-
-
-@contextmanager
-def keeping_warnings(warnings: deque[logging.LogRecord]) -> Iterator[None]:
-    """Keep the warnings of the log. If it shares the terminal, write it only after the block."""
-    root = logging.getLogger()
-    same_terminal = os.isatty(2) and os.path.sameopenfile(1, 2)
-    silent = root.handlers[:] if same_terminal else []
-    root.handlers = [*(one for one in root.handlers if one not in silent), Keeper(warnings)]
-    try:
-        yield
-    finally:
-        root.handlers = [*root.handlers[:-1], *silent]
-        for handler, record in itertools.product(silent, warnings):
-            handler.handle(record)
+        length = max(min(20, columns - len(start) - 10), 0)
+        full, half = divmod(int(2 * length * min(worked / max(self.delay, 0.001), 1)), 2)
+        return f"{start}{('█' * full + '▌' * half).ljust(length, '░')}  {worked:.1f} s"
 
 
 def frame(lines: list[str]) -> str:
