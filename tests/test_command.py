@@ -186,23 +186,25 @@ def test_localhost_with_one_address_taken_is_the_end_and_leaves_nothing_running(
             socket.create_connection(("127.0.0.1", int(port)))
 
 
-def test_without_a_thread_a_numeric_host_works_and_a_name_is_one_sentence(start: Start) -> None:
+def test_without_a_thread_the_server_works_and_an_unknown_name_is_one_sentence(
+    start: Start,
+) -> None:
     def without_threads(host: str) -> Process:
         return start("--port=0", "--delay=0", "--host", host, **changed(NO_THREADS))
 
-    numeric, everywhere, name = map(without_threads, ("127.0.0.1", "", "localhost"))
-    for process in (numeric, everywhere):
+    hosts = ("127.0.0.1", "", "localhost", "host.invalid")
+    numeric, everywhere, named, name = map(without_threads, hosts)
+    for process in (numeric, everywhere, named):
         process.wait_for_banner()
-        assert ask(("127.0.0.1", process.port))[1] == REPLY
+        assert ask(process.addresses[0])[1] == REPLY
         process.wait_for_log(" answered in ")
         process.kill(signal.SIGTERM)
+    assert named.wait() == 0
     for process in (numeric, everywhere):
         assert process.wait() == 0
         starts = [line.split(":")[0] for line in process.log]
         assert starts == ["INFO 127.0.0.1", "INFO SIGTERM", "INFO stopped"]
-    sentence = fails_to_start(name)
-    assert "can't start new thread" in sentence
-    assert "127.0.0.1" in sentence
+    assert fails_to_start(name).startswith("ERROR host 'host.invalid' does not resolve (")
 
 
 def fails_to_start(process: Process) -> str:
@@ -247,15 +249,14 @@ def test_version_and_help_and_the_level_warning(start: Start) -> None:
     assert described.wait() == 0
     for option, default in {
         "--host HOST": "localhost",
-        "--port PORT": "1729",
-        "--delay SECONDS": "4",
-        "--client-timeout SECONDS": "30",
-        "--grace-period SECONDS": "30",
-        "--max-concurrent N": "no limit",
+        "--port N": "1729",
+        "--delay SECONDS": "4.0",
+        "--client-timeout SECONDS": "30.0",
+        "--grace-period SECONDS": "30.0",
+        "--max-concurrent N": "inf",
         "--log-level {debug,info,warning,error}": "info",
     }.items():
         assert re.search(rf"{option}\s[^-]*\(default: {default}\)", described.stdout), option
-    assert "example: trio-server --host" in described.stdout
     silent.wait_for_banner()
     assert silent.stop() == 0
     assert silent.stderr == ""
@@ -321,8 +322,8 @@ def test_with_a_limit_of_one_the_second_request_waits_and_silent_clients_do_not_
         first.sendall(b"hi")
         second.sendall(b"hi")
         process.wait_for_status(
-            r"INFO 3 open, 2 in flight \(the oldest for \d+\.\d s\), 1 waiting for "
-            r"--max-concurrent; since [\d-]{10} [\d:]{8}: 0 answered, 0 sent nothing, .*, 0 failed"
+            r"INFO 3 open, 2 in flight, 1 waiting for --max-concurrent; "
+            r"0 answered, 0 sent nothing, .*, 0 failed"
         )
 
 
@@ -413,36 +414,9 @@ def test_a_process_manager_that_has_gone_or_does_not_read_delays_nothing(
             assert "Traceback" not in process.stderr
 
 
-def test_a_start_that_fails_or_is_stopped_is_never_reported_as_ready(
-    start: Start, tmp_path: Path
-) -> None:
-    failing, stopped = Manager(str(tmp_path / "failing")), Manager(str(tmp_path / "stopped"))
-    with failing.socket, stopped.socket:
-        one = start(
-            "--host=host.invalid", env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "failing")}
-        )
-        other = start(
-            "--host=name",
-            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "stopped")},
-            **changed(SLOW_NAMES),
-        )
-        other.wait_until(lambda: other.stdout.startswith("resolving"))
-        assert other.stop(signal.SIGTERM) == 0  # It does not wait for the name.
-        assert BANNER not in other.stdout
-        assert "Traceback" not in other.stderr
-        assert one.wait() == 1
-        assert failing.receive_all_that_came() == []
-        assert stopped.receive_all_that_came() == ["STOPPING=1"]
-
-
-SLOW_NAMES = """
-import socket, time
-
-def wait(host, port, family, type, proto, flags):
-    if not flags & socket.AI_NUMERICHOST:
-        print("resolving", flush=True)
-        time.sleep(60)
-    raise socket.gaierror(socket.EAI_NONAME, "not a number")
-
-socket.getaddrinfo = wait
-"""
+def test_a_start_that_fails_is_never_reported_as_ready(start: Start, tmp_path: Path) -> None:
+    manager = Manager(str(tmp_path / "notify"))
+    with manager.socket:
+        environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        assert start("--host=host.invalid", env=environment).wait() == 1
+        assert manager.receive_all_that_came() == []
