@@ -293,7 +293,7 @@ def test_one_failed_accept_a_second_is_logged_without_its_traceback(
 def test_at_the_limit_of_open_files_clients_wait_and_one_line_a_second_says_so(
     serve: Start,
 ) -> None:
-    process = serve("--delay=0.7", prefix=file_limit(20))
+    process = serve("--delay=0.4", prefix=file_limit(20))
     begun = time.monotonic()
     with ThreadPoolExecutor(20) as pool:
         assert set(pool.map(request, process.addresses * 20)) == {"answered"}

@@ -83,8 +83,8 @@ def test_in_40_columns_the_request_and_the_bar_shrink(view: View) -> None:
     add(view, 34702)
     assert view.draw(40, 24, now=13) == [
         "1 in flight · 1 idle",
-        "127.0.0.1:34674        GET  █░  2.9 s",
-        "127.0.0.1:34702             connected, ",
+        "127.0.0.1:34674        GET /    2.9 s",
+        "127.0.0.1:34702               connected",
     ]
 
 

@@ -93,9 +93,9 @@ async def run(
             async with trio.open_nursery() as nursery:
                 listeners = await start(servers, shutdown, nursery, shared=bool(inherited))
                 if not shutdown.begun:
-                    view = View(account, shutdown, options.delay, announce(listeners))
+                    urls = announce(listeners)
                     if options.watch:
-                        helpers.start_soon(view.show)
+                        helpers.start_soon(View(account, shutdown, options.delay, urls).show)
             helpers.cancel_scope.cancel()
     logger.info("stopped: %s", account.totals())
     return 1 if account.outcomes[Outcome.CUT_OFF] or account.outcomes[Outcome.FAILED] else 0

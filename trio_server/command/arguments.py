@@ -18,9 +18,9 @@ LONGEST = 1_000_000  # seconds, 11 days
 NUMBERS = (  # option, type, least, most, default, meaning
     ("port", int, 0, 65_535, PORT, "port to listen on; with 0 the kernel chooses one"),
     ("delay", float, 0, LONGEST, DELAY, "simulated work for each request"),
-    ("client-timeout", float, 0.001, LONGEST, CLIENT_TIMEOUT, "for the request; for the reply"),
-    ("grace-period", float, 0, LONGEST, GRACE_PERIOD, "for requests in flight at a stop"),
-    ("max-concurrent", int, 1, math.inf, math.inf, "requests to work on; the others wait"),
+    ("client-timeout", float, 0.001, LONGEST, CLIENT_TIMEOUT, "limit for request, and for reply"),
+    ("grace-period", float, 0, LONGEST, GRACE_PERIOD, "limit for requests in flight at a stop"),
+    ("max-concurrent", int, 1, math.inf, math.inf, "requests to work on at a time"),
 )
 NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # on this machine: bind(2)
 
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
         parse = partial(number, kind, least, most)
         option(f"--{name}", type=parse, default=default, metavar=unit, help=meaning)
     levels = ("debug", "info", "warning", "error")
-    option("--log-level", type=str.lower, choices=levels, default="info", help="least to log")
+    option("--log-level", type=str.lower, choices=levels, default="info", help="lowest level")
     option("--watch", action="store_true", help="show the connections live in the terminal")
     option("--version", action="version", version=f"%(prog)s {trio_server.__version__}")
     options = parser.parse_args()

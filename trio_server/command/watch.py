@@ -69,7 +69,7 @@ class View:
 
     def row(self, exchange: Exchange, columns: int, now: float) -> str:
         """Return the line of one exchange: its client, its request, how far it is."""
-        width = max(min(16, columns - 37), 1)  # In a narrow terminal, request and bar shrink.
+        width = max(min(16, columns - 35), 1)  # In a narrow terminal, request and bar shrink.
         start = f"{exchange.peer:21}  {exchange.first_line:{width}.{width}}  "
         if not exchange.request:
             return f"{start}connected, has sent nothing for {now - exchange.accepted_at:.0f} s"
