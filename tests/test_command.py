@@ -327,15 +327,21 @@ def test_with_a_limit_of_one_the_second_request_waits_and_silent_clients_do_not_
         )
 
 
-def test_a_reader_of_stdout_that_has_closed_does_not_end_the_server(start: Start) -> None:
+def test_a_stdout_that_is_closed_or_has_no_reader_does_not_end_the_server(start: Start) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    process = start("--host", "127.0.0.1", "--port", "0", "--delay", "0", stdout=writer)
+    options = ("--host", "127.0.0.1", "--port", "0", "--delay", "0")
+    closed = start(*options, prefix=("sh", "-c", 'exec "$@" >&-', "sh"))
+    without_reader = start(*options, stdout=writer)
     os.close(writer)
-    process.wait_until(lambda: port_of(process) is not None)
-    assert request(("127.0.0.1", port_of(process) or 0)) == "answered"
-    assert process.stop() == 0
-    assert "Traceback" not in process.stderr
+    for process in (closed, without_reader):
+        while port_of(process) is None:
+            time.sleep(0.01)
+        assert request(("127.0.0.1", port_of(process) or 0)) == "answered"
+        process.kill(signal.SIGTERM)
+    for process in (closed, without_reader):
+        assert process.wait() == 0
+        assert "Traceback" not in process.stderr
 
 
 def port_of(process: Process) -> int | None:

@@ -5,6 +5,7 @@ import gc
 import logging
 import math
 import resource
+import sys
 from contextlib import suppress
 from functools import partial
 from signal import Signals
@@ -130,5 +131,6 @@ def announce(listeners: list[trio.SocketListener]) -> str:
     names = [listener.socket.getsockname() for listener in listeners]  # A Unix socket has a path.
     urls = [f"http://{format_address(one)}" if isinstance(one, tuple) else one for one in names]
     lines = [f"Listening on {url} (Ctrl-C stops)" for url in urls]
-    write_all(1, "\n".join([*lines, "Waiting for connection to be established", ""]))
+    if sys.stdout is not None:  # It may be closed, and descriptor 1 some other file.
+        write_all(1, "\n".join([*lines, "Waiting for connection to be established", ""]))
     return ", ".join(urls)
