@@ -27,7 +27,6 @@ from process import (
 )
 
 from trio_server import Account, Outcome, Shutdown, serve_connection, serve_gracefully
-from trio_server.command.activation import inherited_sockets
 
 
 @pytest.fixture(autouse=True)

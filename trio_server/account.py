@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from enum import Enum
@@ -65,7 +64,6 @@ class Account:
         self.open: dict[Exchange, None] = {}
         self.ended: deque[Exchange] = deque(maxlen=50)  # the last ones, oldest first
         self.outcomes: Counter[Outcome] = Counter()  # how many exchanges ended in each way
-        self.since: float = time.time()
 
     @property
     def in_flight(self) -> int:
