@@ -18,9 +18,9 @@ LONGEST = 1_000_000  # seconds, 11 days
 NUMBERS = (  # option, type, least, most, default, meaning
     ("port", int, 0, 65_535, PORT, "port to listen on; with 0 the kernel chooses one"),
     ("delay", float, 0, LONGEST, DELAY, "simulated work for each request"),
-    ("client-timeout", float, 0.001, LONGEST, CLIENT_TIMEOUT, "limit for request, and for reply"),
+    ("client-timeout", float, 0.001, LONGEST, CLIENT_TIMEOUT, "limit to send, and to receive"),
     ("grace-period", float, 0, LONGEST, GRACE_PERIOD, "limit for requests in flight at a stop"),
-    ("max-concurrent", int, 1, math.inf, math.inf, "requests to work on at a time"),
+    ("max-concurrent", int, 1, math.inf, math.inf, "requests to work on at the same time"),
 )
 NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # on this machine: bind(2)
 
@@ -33,13 +33,13 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option("--host", default="localhost", help="name or address; '' means all interfaces")
+    option("--host", default="localhost", help="name or address to listen on; '' means all")
     for name, kind, least, most, default, meaning in NUMBERS:
         unit = "SECONDS" if kind is float else "N"
         parse = partial(number, kind, least, most)
         option(f"--{name}", type=parse, default=default, metavar=unit, help=meaning)
     levels = ("debug", "info", "warning", "error")
-    option("--log-level", type=str.lower, choices=levels, default="info", help="lowest level")
+    option("--log-level", type=str.lower, choices=levels, default="info", help="lowest to log")
     option("--watch", action="store_true", help="show the connections live in the terminal")
     option("--version", action="version", version=f"%(prog)s {trio_server.__version__}")
     options = parser.parse_args()
