@@ -1,3 +1,4 @@
+import gc
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,3 +49,11 @@ def pool() -> Iterator[ThreadPoolExecutor]:
     """Threads for what happens side by side: clients, or steps of a test for several servers."""
     with ThreadPoolExecutor(200) as pool:
         yield pool
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -3,7 +3,7 @@
 import gc
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -31,14 +31,6 @@ trio.run = lambda *_: print(gc.get_threshold()[0], gc.get_freeze_count())
 del sys.argv[1:4]
 runpy.run_module("trio_server", run_name="__main__", alter_sys=True)
 """
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def connect(port: int, request: bytes) -> socket.socket:

@@ -1,6 +1,7 @@
 """`Shutdown` by itself, and with handlers of the tests' own, in memory and on a mock clock."""
 
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -109,6 +110,23 @@ async def test_waits_that_are_over_are_forgotten(autojump_clock: MockClock) -> N
     assert not shutdown._scopes  # noqa: SLF001 - a leak shows nowhere else
 
 
+async def test_a_wait_whose_time_ran_out_keeps_nothing_in_memory(
+    autojump_clock: MockClock, no_collector: None
+) -> None:
+    kept = []
+
+    async def handler() -> None:
+        local = trio.Event()
+        kept.append(weakref.ref(local))
+        with Shutdown().move_on_after(1) as wait:
+            await trio.sleep_forever()
+        assert wait.cancelled_caught
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(handler)
+    assert [one() for one in kept] == [None]
+
+
 async def test_tasks_that_wait_for_the_shutdown_go_on_when_it_begins(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
@@ -126,6 +144,13 @@ async def test_tasks_that_wait_for_the_shutdown_go_on_when_it_begins(
     await wait_all_tasks_blocked()
     assert began == [trio.current_time()]
     await shutdown.wait()
+
+
+async def test_a_time_that_is_too_long_begins_nothing() -> None:
+    shutdown = Shutdown()
+    with pytest.raises(OverflowError):
+        shutdown.begin(10**400)
+    assert not shutdown.begun
 
 
 @pytest.mark.parametrize("value", [-1, math.nan, -math.inf])

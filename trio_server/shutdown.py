@@ -1,8 +1,11 @@
-"""Graceful shutdown: idle clients get one more second, requests in flight the grace period."""
+"""Graceful shutdown: an idle client gets one more second, a request in flight the grace period."""
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import trio
 
@@ -14,7 +17,7 @@ class Shutdown:
     """The graceful shutdown of one server, or of several that stop together.
 
     ``idle_time`` is the number of seconds that a wait in `move_on_after` may still take once the
-    shutdown has begun. With 0, a request that has arrived may not be read. A negative number or
+    shutdown has begun. With 0, a request that has arrived may stay unread. A negative number or
     nan raises `ValueError`, here and below.
     """
 
@@ -23,7 +26,7 @@ class Shutdown:
         self._idle_time = idle_time
         self._begun = trio.Event()
         self._grace_ends = math.inf
-        self._scopes: dict[trio.CancelScope, float] = {}  # the seconds that a shutdown leaves each
+        self._scopes: dict[trio.CancelScope, float] = {}  # the seconds each has after `begin`
 
     @property
     def begun(self) -> bool:
@@ -45,10 +48,10 @@ class Shutdown:
         Then they are cancelled: at once after 0 seconds, never after `math.inf`. Calling this
         again can only shorten the time.
 
-        Outside Trio's thread, this raises `RuntimeError`. In a thread that Trio has started, call
-        ``trio.from_thread.run_sync(stop.begin)``. In any other thread, or in a handler of
-        `signal.signal`, call ``token.run_sync_soon(stop.begin)``, where ``token`` is what
-        `trio.lowlevel.current_trio_token` has returned.
+        For a signal, use `trio.open_signal_receiver`: a handler of `signal.signal` must not call
+        this. In another thread, this raises `RuntimeError`. Call it there with
+        ``trio.from_thread.run_sync(stop.begin)`` if Trio has started the thread, otherwise with
+        ``token.run_sync_soon(stop.begin)`` and a token of `trio.lowlevel.current_trio_token`.
         """
         check_seconds("grace_period", grace_period)
         try:
@@ -58,34 +61,50 @@ class Shutdown:
                 "begin was called outside Trio's thread: use trio.from_thread.run_sync(begin), or "
                 "token.run_sync_soon(begin) with a token of trio.lowlevel.current_trio_token()"
             ) from None
-        self._begun.set()
         self._grace_ends = min(self._grace_ends, now + grace_period)
+        self._begun.set()
         for scope, seconds_left in self._scopes.items():
             scope.deadline = min(scope.deadline, now + seconds_left, self._grace_ends)
 
     def move_on_after(self, seconds: float) -> AbstractContextManager[trio.CancelScope]:
         """Limit a wait for a client to ``seconds``, as `trio.move_on_after` does.
 
-        A shutdown shortens it to the idle time, and to the end of the grace period. If the time
-        ran out, ``cancelled_caught`` of the scope is true.
+        A shutdown shortens it to the idle time. If the time ran out, ``cancelled_caught`` of the
+        scope is true. At the end of the grace period, the whole handler is cancelled.
         """
         check_seconds("seconds", seconds)
-        return self._scope(seconds, self._idle_time)
+        return _Scope(self._scopes, self._idle_time, partial(self._deadline, seconds))
 
     def grace_scope(self) -> AbstractContextManager[trio.CancelScope]:
-        """Cancel the block at the end of the grace period."""
-        return self._scope(math.inf, math.inf)
+        """Cancel the block at the end of the grace period, as `serve_gracefully` does."""
+        return _Scope(self._scopes, math.inf, partial(self._deadline, math.inf))
 
-    @contextmanager
-    def _scope(self, seconds: float, seconds_left: float) -> Iterator[trio.CancelScope]:
+    def _deadline(self, seconds: float, seconds_left: float) -> float:
         limit = min(seconds, seconds_left) if self.begun else seconds
-        deadline = min(trio.current_time() + limit, self._grace_ends)
-        with trio.CancelScope(deadline=deadline) as scope:
-            self._scopes[scope] = seconds_left
-            try:
-                yield scope
-            finally:
-                del self._scopes[scope]
+        return min(trio.current_time() + limit, self._grace_ends)
+
+
+@dataclass
+class _Scope(AbstractContextManager[trio.CancelScope]):
+    """A cancel scope that a shutdown can find.
+
+    `contextlib.contextmanager` would be shorter. But on Python 3.12 and 3.13, a `Cancelled` that
+    leaves its block is in a reference cycle, which keeps the variables of the handler in memory.
+    """
+
+    scopes: dict[trio.CancelScope, float]
+    seconds_left: float
+    deadline: Callable[[float], float]
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    def __enter__(self) -> trio.CancelScope:
+        self.scope.deadline = self.deadline(self.seconds_left)
+        self.scopes[self.scope] = self.seconds_left
+        return self.scope.__enter__()
+
+    def __exit__(self, *error: Any) -> bool:  # noqa: ANN401, PYI036 - they are passed on
+        del self.scopes[self.scope]
+        return self.scope.__exit__(*error)
 
 
 def check_seconds(name: str, value: float) -> None:
