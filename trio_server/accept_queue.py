@@ -27,18 +27,18 @@ INSTRUCTIONS = (
 DROP_NEW_CONNECTIONS = array("B", b"".join(struct.pack("HBBI", *one) for one in INSTRUCTIONS))
 
 
+@trio.lowlevel.enable_ki_protection  # Ctrl-C must not leave two owners of one descriptor.
 def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.socket]:
     """Accept up to ``most`` connections of the queue in order, without a checkpoint.
 
-    Trio's `accept` needs a scheduler pass for each. The caller makes streams of them later: if
-    this function did, a client that opens connections fast could fill the queue meanwhile.
+    Trio's `accept` needs a scheduler pass for each. Making streams of them here would take so
+    long that a fast client could fill the queue meanwhile.
     """
     accepted: list[socket.socket] = []
     if any_waiting([listener]):  # This costs a tenth of an `accept` that fails.
-        # The same socket, as the standard library sees it.
         plain = socket.socket(listener.family, listener.type, listener.proto, listener.fileno())
         plain.settimeout(0)  # whatever `socket.setdefaulttimeout` says
-        with suppress(OSError):  # An empty queue. Any other error is left to Trio's `accept`.
+        with suppress(OSError):  # The queue is empty, or an error that Trio's `accept` meets, too.
             while len(accepted) < most:
                 accepted.append(plain.accept()[0])
         plain.detach()
@@ -46,7 +46,7 @@ def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.s
 
 
 def any_waiting(sockets: Iterable[trio.socket.SocketType]) -> bool:
-    """Return whether one of these sockets has input: for a listener, a connection to accept."""
+    """Return whether one of these sockets is readable: for a listener, a connection to accept."""
     poll = select.poll()
     for one in sockets:
         if one.fileno() >= 0:  # -1 when closed
@@ -62,8 +62,7 @@ def ignore_new_connections(listener: trio.socket.SocketType) -> bool:
     """
     if sys.platform != "linux" or listener.family not in (socket.AF_INET, socket.AF_INET6):
         return False
-    address, _ = DROP_NEW_CONNECTIONS.buffer_info()
-    program = struct.pack("HP", len(INSTRUCTIONS), address)
+    program = struct.pack("HP", len(INSTRUCTIONS), DROP_NEW_CONNECTIONS.buffer_info()[0])
     with suppress(OSError):  # It is closed, or this is gVisor, which stands in for Linux.
         listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
         return True
