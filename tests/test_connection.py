@@ -2,6 +2,7 @@
 
 import logging
 import math
+from array import array
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -324,6 +325,10 @@ async def returns_text(_: bytes) -> bytes:
     return "boom"  # type: ignore[return-value]
 
 
+async def returns_every_second_byte(_: bytes) -> bytes:
+    return memoryview(b"boom")[::2]  # type: ignore[return-value]
+
+
 @pytest.mark.parametrize(
     ("respond", "expected"),
     [
@@ -332,6 +337,7 @@ async def returns_text(_: bytes) -> bytes:
         (breaks_a_stream_of_its_own, trio.BrokenResourceError),
         (returns_nothing, TypeError),
         (returns_text, TypeError),
+        (returns_every_second_byte, TypeError),
     ],
 )
 async def test_a_responder_that_fails_ends_its_connection_with_a_plain_traceback(
@@ -489,6 +495,34 @@ async def test_the_log_has_one_line_with_the_time_from_the_request_to_the_reply(
     assert lines == [
         ("INFO", f"client answered in 4.000 s: 3 bytes in, {len(REPLY)} out, hi"),
     ]
+
+
+async def test_a_reply_of_numbers_is_sent_whole(autojump_clock: MockClock) -> None:
+    """Trio counts the numbers that it has to send, and the bytes that it has sent."""
+
+    async def respond(_: bytes) -> Any:
+        return array("I", [1] * 1000)
+
+    client, server = memory_stream_pair()
+    account = Account()
+    await client.send_all(b"hi")
+    await client.send_eof()
+    await serve_connection(server, respond, account=account)
+    assert await client.receive_some() == array("I", [1] * 1000).tobytes()
+    assert account.ended[0].reply_size == 4000
+
+
+async def test_a_line_of_the_log_can_be_formatted_later_and_elsewhere(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="trio_server")
+    client, server = memory_stream_pair()
+    await client.send_all(b"hi")
+    with trio.move_on_after(1):
+        await serve_connection(server, never)
+    [record] = caplog.records
+    line = await trio.to_thread.run_sync(record.getMessage)
+    assert line == "client cut off after 1.000 s: 2 bytes in, 0 out, hi"
 
 
 async def test_a_request_that_was_not_answered_is_logged_with_the_time_since_it_came(

@@ -1,4 +1,4 @@
-"""The books of a server: a record of each connection, and how many ended in which way."""
+"""A record of each connection, and how many have ended in which way."""
 
 import logging
 import math
@@ -30,7 +30,7 @@ class Exchange:
     request: bytes = b""
     accepted_at: float = field(default_factory=trio.current_time)
     received_at: float = math.nan  # until a request arrives
-    outcome: Outcome = Outcome.CUT_OFF  # until the exchange earns a better one
+    outcome: Outcome = Outcome.CUT_OFF  # until another is known
     reply_size: int = 0  # bytes, once all of them were sent
     answered_at: float | None = None
 
@@ -41,12 +41,12 @@ class Exchange:
 
     @property
     def first_line(self) -> str:
-        r"""At most 60 bytes of the first line. Unprintable ones are escaped, as in ``\x1b``."""
+        r"""The first 60 bytes of the first line. Unprintable ones are escaped, as in ``\x1b``."""
         line = self.request.lstrip(b"\r\n").partition(b"\n")[0]
         return ascii(line.rstrip(b"\r")[:60])[2:-1]
 
     def __str__(self) -> str:
-        """Describe the exchange, which has just ended, in one line."""
+        """Describe the exchange in one line, which the client cannot break into two."""
         took = ""
         if self.answered_at is not None:
             took = f" in {self.answered_at - self.received_at:.3f} s"
@@ -60,14 +60,13 @@ class Account:
     """The connections of one server, or of several. Pass it to `serve_connection`."""
 
     def __init__(self) -> None:
-        # The open exchanges, oldest first: a dictionary keeps the order, its values mean nothing.
-        self.open: dict[Exchange, None] = {}
+        self.open: dict[Exchange, None] = {}  # oldest first; the values mean nothing
         self.ended: deque[Exchange] = deque(maxlen=50)  # the last ones, oldest first
         self.outcomes: Counter[Outcome] = Counter()  # how many exchanges ended in each way
 
     @property
     def in_flight(self) -> int:
-        """How many requests were received and are not answered yet."""
+        """How many requests were received, and are neither answered nor failed yet."""
         return sum(exchange.in_flight for exchange in self.open)
 
     def begin(self, peer: str) -> Exchange:
@@ -82,7 +81,7 @@ class Account:
         self.ended.append(exchange)
         self.outcomes[exchange.outcome] += 1
         # Health checks, port scans and a browser's spare connections send nothing.
-        logger.log(logging.INFO if exchange.request else logging.DEBUG, "%s", exchange)
+        logger.log(logging.INFO if exchange.request else logging.DEBUG, "%s", str(exchange))
 
     def totals(self) -> str:
         """Return the number of exchanges that have ended with each outcome, as text."""
