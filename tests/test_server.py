@@ -33,9 +33,9 @@ from streams import (
 )
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_server import Outcome, Shutdown, hello_world, serve_gracefully
+from trio_server import Outcome, Shutdown, hello_world, serve_connection, serve_gracefully
 from trio_server import server as server_module
-from trio_server.accept_queue import any_waiting
+from trio_server.accept_queue import accept_waiting, any_waiting
 from trio_server.responder import REPLY
 from trio_server.server import BATCH, EMPTYING_TIME, HANDSHAKE_TIME
 from trio_server.shutdown import IDLE_TIME
@@ -189,7 +189,7 @@ async def test_a_shutdown_that_begins_during_the_start_answers_a_client_that_is_
 
 
 async def test_trio_starts_a_handler_in_the_way_that_is_relied_on(nursery: trio.Nursery) -> None:
-    """If this fails, Trio has changed: adapt `_HandlerStarter.start_soon`."""
+    """If this fails, Trio has changed: adapt `_Acceptor.start_soon`."""
     calls: list[tuple[Any, ...]] = []
 
     class Recorder:
@@ -227,7 +227,14 @@ async def test_all_in_the_accept_queue_are_accepted_before_the_first_handler_sta
 async def test_with_too_many_waiting_for_a_handler_the_rest_stays_in_the_accept_queue(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "MOST_WAITING", 10)
+    rooms: list[int] = []
+
+    def accept(listener: trio.socket.SocketType, most: int) -> list[socket.socket]:
+        rooms.append(most)
+        return accept_waiting(listener, most)
+
+    monkeypatch.setattr(server_module, "MOST_ACCEPTED", 10)
+    monkeypatch.setattr(server_module, "accept_waiting", accept)
     left_waiting = []
 
     async def handler(_: trio.SocketStream) -> None:
@@ -238,6 +245,7 @@ async def test_with_too_many_waiting_for_a_handler_the_rest_stays_in_the_accept_
     with queued(server.address, 25):
         await until(lambda: len(left_waiting) == 25)
     assert left_waiting[:10] == [True] * 10
+    assert rooms[0] == 9  # Trio has accepted one.
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -270,9 +278,14 @@ class Passes(trio.abc.Instrument):
         self.number += 1
 
 
+@pytest.mark.parametrize(
+    ("accepted_at_once", "most"),
+    [(10_000, BATCH), (4 * BATCH, 2 * BATCH)],  # One batch may end a pass that another one begins.
+)
 async def test_handlers_start_in_batches_with_a_scheduler_pass_between(
-    nursery: trio.Nursery,
+    accepted_at_once: int, most: int, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(server_module, "MOST_ACCEPTED", accepted_at_once)
     passes, starts = Passes(), Counter[int]()
     trio.lowlevel.add_instrument(passes)
 
@@ -281,9 +294,9 @@ async def test_handlers_start_in_batches_with_a_scheduler_pass_between(
 
     server = Server(handler=handler)
     await server.start(nursery)
-    with queued(server.address, 2 * BATCH + 1):
-        await until(lambda: starts.total() == 2 * BATCH + 1)
-    assert list(starts.values()) == [BATCH, BATCH, 1]
+    with queued(server.address, 8 * BATCH + 1):
+        await until(lambda: starts.total() == 8 * BATCH + 1)
+    assert max(starts.values()) <= most
     trio.lowlevel.remove_instrument(passes)
 
 
@@ -784,6 +797,24 @@ async def test_a_forced_stop_counts_each_client_that_had_sent_its_request_as_cut
     assert caplog.messages == ["handlers cancelled at the end of the grace period: 100"]
 
 
+@pytest.mark.parametrize(
+    ("request_", "outcome"), [(b"hi", Outcome.CUT_OFF), (b"", Outcome.SENT_NOTHING)]
+)
+async def test_a_client_whose_handler_starts_too_late_is_cut_off_if_it_has_sent_a_request(
+    request_: bytes, outcome: Outcome
+) -> None:
+    async def handler(stream: trio.SocketStream) -> None:
+        server.shutdown.begin(0)
+        await serve_connection(stream, never, account=server.account)
+
+    server = Server(handler=handler)
+    async with trio.open_nursery() as nursery:
+        await server.start(nursery)
+        with queued(server.address, 2 * BATCH, request_):  # Half of them start after `begin`.
+            await until(lambda: server.ended_at < math.inf)
+    assert server.account.outcomes == {outcome: 2 * BATCH}
+
+
 async def test_the_number_of_handlers_that_the_grace_period_cuts_off_is_a_warning(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -835,6 +866,45 @@ async def test_when_accepting_fails_what_is_in_flight_is_answered_before_the_err
     assert caplog.messages == [f"accepting failed, so the server shuts down: {error!r}"]
     assert good.closed
     assert server.shutdown.begun
+
+
+async def test_an_accept_that_fails_does_not_shorten_the_grace_period(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(MemoryListener):
+        async def accept(self) -> trio.abc.HalfCloseableStream:
+            stream = await super().accept()
+            server.shutdown.begin(100)
+            await self.aclose()
+            return stream
+
+    async def work(_: trio.abc.Stream) -> None:
+        await trio.sleep(200)
+
+    server, broken = Server(handler=work), Broken()
+    client = broken.connect()
+    with pytest.raises(trio.ClosedResourceError):
+        await serve_gracefully(partial(trio.serve_listeners, work, [broken]), server.shutdown)
+    assert trio.current_time() == 100
+    assert caplog.messages[-1] == "handlers cancelled at the end of the grace period: 1"
+    await client.aclose()
+
+
+async def test_an_error_of_a_server_that_is_cancelled_is_raised_as_in_trio(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken(MemoryListener):
+        async def aclose(self) -> None:
+            await super().aclose()
+            raise ValueError("boom")
+
+    server = Server(handler=nothing)
+    with pytest.RaisesGroup(ValueError, flatten_subgroups=True):
+        async with trio.open_nursery() as nursery:
+            await server.start(nursery, Broken())
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+    assert not caplog.messages
 
 
 async def test_when_an_author_closes_a_listener_what_is_in_flight_is_answered() -> None:
@@ -948,7 +1018,8 @@ async def test_a_reset_that_leaves_a_handler_is_one_line_with_the_address_of_the
     await until(lambda: caplog.records)
     [record] = caplog.records
     assert record.levelno == logging.INFO
-    assert record.getMessage() == f"{host}:{port} reset the connection, so its handler ended"
+    start = f"{host}:{port}: the handler ended: BrokenResourceError('socket connection broken"
+    assert record.getMessage().startswith(start)
     assert ("Traceback" in caplog.text) == (level == "DEBUG")
 
 

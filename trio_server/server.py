@@ -6,6 +6,7 @@ import math
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,8 +16,8 @@ from trio_server.accept_queue import accept_waiting, any_waiting, ignore_new_con
 from trio_server.connection import peer_name
 from trio_server.shutdown import Shutdown
 
-BATCH = 64  # handlers that start in one scheduler pass; the server accepts again after 4 ms
-MOST_WAITING = 10_000  # accepted connections that wait for their handler to start
+BATCH = 64  # handlers that start in one scheduler pass; then the server accepts again
+MOST_ACCEPTED = 10_000  # connections that wait for their handler to start
 HANDSHAKE_TIME = 0.5  # seconds; with a round trip of 400 ms, 0 of 1,556 requests were lost
 EMPTYING_TIME = 1.0  # seconds at most, if the kernel cannot ignore new connections
 POLL_INTERVAL = 0.01  # seconds; polling the queue costs microseconds
@@ -38,18 +39,24 @@ async def serve_gracefully(
     Args:
         server: `trio.serve_tcp`, `trio.serve_ssl_over_tcp` or `trio.serve_listeners`, with all
             arguments but the nursery filled in: ``partial(trio.serve_tcp, handler, 1729)``. A
-            handler is an async function of a stream, which is closed when the handler ends.
+            handler is an async function of a stream. The stream is closed when the handler ends.
         shutdown: Ends the server: the connections in the accept queue are accepted, and the
             listeners are closed. The handlers may run until the grace period ends.
         shared: Whether other processes accept from the same listeners (systemd, fork). Those
             get their share of the connections, and all that this server leaves in the queue.
-        task_status: `nursery.start` returns the listeners, or none if the shutdown came first.
+            If this is wrongly false, they receive no more connections after the shutdown.
+        task_status: `nursery.start` returns the listeners: ``[]`` if a shutdown ended the start.
 
     An `Exception` of a handler is logged to the logger ``trio_server``, and ends the connection,
-    not the server. A handler that does not use `Shutdown.move_on_after` may keep its idle clients
-    until the grace period ends. Tell it to finish about 2 s after the shutdown has begun: by
-    then no new connections arrive. A handler that is shielded from cancellation is waited for.
-    The path of a Unix socket is not removed.
+    not the server. A `trio.BrokenResourceError` is logged in one line at INFO, as clients may
+    reset their connections. A handler that is shielded from cancellation is waited for.
+
+    These handlers go on until the grace period ends: those that wait for a client outside of
+    `Shutdown.move_on_after`, and those whose client keeps sending. Let them end about 2 s after
+    `Shutdown.wait` returns, when no new connections arrive, or end their loop at `Shutdown.begun`.
+
+    A TLS client gets an end of file without a goodbye, unless the handler calls ``aclose`` of its
+    stream. The path of a Unix socket is not removed.
 
     Raises:
         TypeError: ``server`` is not such a function.
@@ -59,122 +66,118 @@ async def serve_gracefully(
     try:
         inspect.signature(server).bind(handler_nursery=None, task_status=None)
     except (TypeError, ValueError) as error:
-        expected = "server must be like partial(trio.serve_tcp, handler, 1729)"
-        raise TypeError(f"{expected}: {error}") from None
+        example = "partial(trio.serve_tcp, handler, 1729)"
+        raise TypeError(f"server must be like {example}: {error}") from None
     failure: Exception | None = None
-    with shutdown.grace_scope() as grace:
+    with shutdown.grace_scope():
         async with trio.open_nursery() as nursery:
-            starter = _HandlerStarter(nursery, shared=shared)
+            acceptor = _Acceptor(nursery, shared)
             try:
-                await _accept(server, shutdown, starter, task_status)
-            except* Exception as group:  # noqa: BLE001 - it is raised below
-                failure = _unwrapped(group)
-                if starter.listeners:
+                await acceptor.run(server, shutdown, task_status)
+            except Exception as error:  # noqa: BLE001 - it is raised below
+                failure = _unwrapped(error)
+                if acceptor.listeners:
                     logger.error("accepting failed, so the server shuts down: %r", failure)  # noqa: TRY400 - raised below
-                    shutdown.begin()
+                    if not shutdown.begun:
+                        shutdown.begin()
+    if acceptor.cancelled:
+        logger.warning("handlers cancelled at the end of the grace period: %d", acceptor.cancelled)
     if failure is not None:
         raise failure
-    if not starter.listeners:
+    if not acceptor.listeners:
         task_status.started([])
-    if grace.cancelled_caught and starter.cut_off:
-        logger.warning("handlers cancelled at the end of the grace period: %d", starter.cut_off)
 
 
-async def _accept(
-    server: Server,
-    shutdown: Shutdown,
-    starter: "_HandlerStarter",
-    task_status: trio.TaskStatus[list[Any]],
-) -> None:
-    """Accept connections until the shutdown has begun, then close the listeners."""
-    # The accept loops end before the handlers do, so they have a nursery of their own.
-    async with trio.open_nursery() as accept_loops:
-        with shutdown.move_on_after(math.inf):  # A slow name lookup does not delay a shutdown.
-            starter.listeners = await accept_loops.start(partial(server, handler_nursery=starter))
-            task_status.started(starter.listeners)
-        await shutdown.wait()
-        # With TLS, the transport has the socket. A listener in memory has no socket.
-        transports = (getattr(one, "transport_listener", one) for one in starter.listeners)
-        sockets = [one.socket for one in transports if isinstance(one, trio.SocketListener)]
-        if not starter.shared:
-            await _empty_queues(sockets, starter)
-        # Close without an `await` after the last check, so that no connection can slip in. An
-        # accept loop that was about to run meets a closed socket, a `ClosedResourceError`. That
-        # does no harm: the loop then calls `SocketListener.aclose`, whose checkpoint raises
-        # `Cancelled` in its place.
-        accept_loops.cancel_scope.cancel()
-        for one in sockets:
-            one.close()
+@dataclass
+class _Acceptor:
+    """Accepts connections, and starts their handlers.
 
+    It is what Trio's servers get as their nursery: "any object with a ``start_soon`` method".
+    """
 
-async def _empty_queues(sockets: list[trio.socket.SocketType], starter: "_HandlerStarter") -> None:
-    """Keep new connections out, and wait until all others are accepted."""
-    filtered = [ignore_new_connections(one) for one in sockets]
-    recently = trio.current_time() < starter.accepted_at + 1
-    if recently or any_waiting(sockets):  # Clients come: some may be in a handshake.
-        await trio.sleep(HANDSHAKE_TIME)
-    with trio.move_on_after(math.inf if all(filtered) else EMPTYING_TIME):
-        while any_waiting(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`
-            await trio.sleep(POLL_INTERVAL)
+    handlers: trio.Nursery
+    shared: bool
+    listeners: list[Any] = field(default_factory=list)  # once they are open
+    last_accept: float = -math.inf
+    accepted: deque[Any] = field(default_factory=deque)  # streams or sockets without a handler yet
+    cancelled: int = 0  # handlers
 
+    async def run(
+        self, server: Server, shutdown: Shutdown, task_status: trio.TaskStatus[list[Any]]
+    ) -> None:
+        """Accept connections until the shutdown has begun, then close the listeners."""
+        # The accept loops end before the handlers do, so they have a nursery of their own.
+        async with trio.open_nursery() as accept_loops:
+            with shutdown.move_on_after(math.inf):  # A shutdown need not wait for a name lookup.
+                self.listeners = await accept_loops.start(partial(server, handler_nursery=self))
+                task_status.started(self.listeners)
+            await shutdown.wait()
+            # With TLS, the transport has the socket. A listener in memory has no socket.
+            transports = (getattr(one, "transport_listener", one) for one in self.listeners)
+            sockets = [one.socket for one in transports if isinstance(one, trio.SocketListener)]
+            if not self.shared:
+                await self._empty_queues(sockets)
+            # Close without an `await` after the last check, so that no connection can slip in. An
+            # accept loop that was about to run gets a `ClosedResourceError` from its socket. Then
+            # it calls `SocketListener.aclose`, whose checkpoint replaces that with `Cancelled`.
+            accept_loops.cancel_scope.cancel()
+            for one in sockets:
+                one.close()
 
-class _HandlerStarter:
-    """What Trio's servers get as their nursery: "any object with a ``start_soon`` method"."""
-
-    def __init__(self, nursery: trio.Nursery, *, shared: bool) -> None:
-        self.shared = shared
-        self.listeners: list[Any] = []  # once they are open
-        self.accepted_at = -math.inf
-        self.cut_off = 0  # handlers that were cancelled
-        self._nursery = nursery
-        self._waiting: deque[Any] = deque()  # streams or sockets without a handler yet
+    async def _empty_queues(self, sockets: list[trio.socket.SocketType]) -> None:
+        """Keep new connections out, and wait until all others are accepted."""
+        filtered = [ignore_new_connections(one) for one in sockets]
+        if trio.current_time() < self.last_accept + 1 or any_waiting(sockets):
+            await trio.sleep(HANDSHAKE_TIME)  # Clients come: some may be in a handshake.
+        with trio.move_on_after(math.inf if all(filtered) else EMPTYING_TIME):
+            while any_waiting(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`
+                await trio.sleep(POLL_INTERVAL)
 
     def start_soon(self, _: object, stream: trio.abc.AsyncResource, handler: Handler) -> None:
         """Accept all that wait in the accept queue, then start the handlers in batches.
 
-        While the queue is full, the kernel drops new connections, and their clients wait for a
-        second. So accepting goes first: 10,000 clients at once do not fill the queue.
-
-        `trio.serve_listeners` passes a function of its own, which calls the handler and closes
-        the stream. It is not used, as closing a stream twice costs 30 microseconds.
+        While the queue is full, each new client waits for a second. So accepting goes first:
+        10,000 clients at once do not fill the queue. The function that Trio passes is not used: it
+        closes the stream a second time, which costs 30 microseconds.
         """
-        self.accepted_at = trio.current_time()
-        starting = bool(self._waiting)
-        self._waiting.append(stream)
+        self.last_accept = trio.current_time()
+        starting = bool(self.accepted)
+        self.accepted.append(stream)
         for listener in () if self.shared else self.listeners:
             if type(listener) is trio.SocketListener:
-                most = MOST_WAITING - len(self._waiting)
-                self._waiting += accept_waiting(listener.socket, most)
+                room = MOST_ACCEPTED - len(self.accepted)
+                self.accepted += accept_waiting(listener.socket, room)
         if not starting:
             self._start_batch(handler)
 
     def _start_batch(self, handler: Handler) -> None:
-        for _ in range(min(BATCH, len(self._waiting))):
-            stream = self._waiting.popleft()
+        for _ in range(min(BATCH, len(self.accepted))):
+            stream = self.accepted.popleft()
             if isinstance(stream, socket.socket):
                 stream = trio.SocketStream(trio.socket.from_stdlib_socket(stream))
-            self._nursery.start_soon(self._run, handler, stream)
-        if self._waiting:
-            self._nursery.start_soon(self._start_next_batch, handler)
+            self.handlers.start_soon(self._run_handler, handler, stream)
+        if self.accepted:
+            self.handlers.start_soon(self._start_next_batch, handler)
 
     async def _start_next_batch(self, handler: Handler) -> None:
-        # A task begins in the next scheduler pass. It begins even in a server that is cancelled,
-        # so each stream gets its handler, and is closed.
+        # A task begins in the next scheduler pass. It begins even if the server is cancelled, so
+        # each stream gets a handler, and is closed.
         self._start_batch(handler)
 
-    async def _run(self, handler: Handler, stream: trio.abc.AsyncResource) -> None:
+    async def _run_handler(self, handler: Handler, stream: trio.abc.AsyncResource) -> None:
         """Run a handler, so that its failure ends its connection and not the server."""
         transport = getattr(stream, "transport_stream", stream)
         peer = peer_name(transport)  # After a reset, the kernel no longer knows it.
         try:
             await handler(stream)
         except* trio.BrokenResourceError as group:
-            details = group if logger.isEnabledFor(logging.DEBUG) else None
-            logger.info("%s reset the connection, so its handler ended", peer, exc_info=details)
+            error = _unwrapped(group)
+            details = error if logger.isEnabledFor(logging.DEBUG) else None
+            logger.info("%s: the handler ended: %r", peer, error, exc_info=details)
         except* Exception as group:
             logger.error("%s: the handler failed", peer, exc_info=_unwrapped(group))  # noqa: TRY400
         except* trio.Cancelled:
-            self.cut_off += 1
+            self.cancelled += 1
             raise
         finally:
             if not isinstance(transport, trio.SocketStream) or transport.socket.fileno() >= 0:
