@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -174,6 +175,20 @@ def lines_that_have_arrived_are_answered_and_an_idle_client_disconnected(
         assert receive_all(idle) == b""
         assert receive_all(busy) == b"TWO\nTHREE\n"
     lines.assert_it_ended_well()
+
+
+@side_by_side
+def a_client_that_keeps_sending_lines_does_not_delay_the_end(starter: Starter) -> None:
+    lines = starter.run("line_protocol.py", {"sleep(1)": "sleep(0.05)"})
+    with lines.connect() as client, suppress(ConnectionError):
+        for number in range(100):
+            client.sendall(b"one\n")
+            if not client.recv(100):
+                break
+            if number == 2:
+                lines.process.kill(signal.SIGTERM)
+    lines.assert_it_ended_well()
+    assert number < 99
 
 
 @side_by_side

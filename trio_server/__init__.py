@@ -1,9 +1,9 @@
-"""A graceful shutdown for servers on Trio, and the server of ``python -m trio_server``.
+"""A graceful shutdown for servers on Trio, and the demo that ``python -m trio_server`` runs.
 
 * `serve_gracefully` runs one of Trio's servers until `Shutdown.begin` is called.
 * `serve_connection` is a handler: one request and one reply, made by a responder.
   `hello_world` is a responder.
-* `Account` counts connections: an `Exchange` for each, which ends with an `Outcome`.
+* `Account` has an `Exchange` for each connection, and counts their `Outcome`.
 
 An echo server, which SIGTERM or Ctrl-C stops gracefully, and a second signal at once::
 
@@ -15,11 +15,13 @@ An echo server, which SIGTERM or Ctrl-C stops gracefully, and a second signal at
 
     async def echo(stream):
         while True:
-            with stop.move_on_after(30) as wait:  # for the client: 1 s, once the shutdown begins
+            with stop.move_on_after(30) as wait:  # 1 s, once the shutdown has begun
                 data = await stream.receive_some()
             if wait.cancelled_caught or not data:
                 break
-            await stream.send_all(data)  # Work, outside the block: a shutdown lets it finish.
+            await stream.send_all(data)  # The work is outside the block, so it is finished.
+            if stop.begun:
+                break
 
     async def stop_on_signals():
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:

@@ -2,8 +2,11 @@
 
 What a client gets when the server receives SIGTERM:
 
-* A request in flight is answered whole, streams included, for up to 30 seconds. Its reply has
-  the header field "Connection: close", so a keep-alive client knows that no other follows.
+* A request in flight is answered whole, streams included, for up to 30 seconds. If its reply has
+  not begun yet, it has the header field "Connection: close", so a keep-alive client sends no
+  other request.
+* A reply that has begun cannot have this field. If it lasts for more than 2 seconds after the
+  signal, the next request on its connection is lost, and may delay the end by up to 30 seconds.
 * An idle keep-alive client is disconnected after 2 seconds.
 * A WebSocket client receives a close frame with the code 1001 ("going away").
 

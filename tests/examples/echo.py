@@ -17,6 +17,8 @@ async def echo(stream: trio.SocketStream) -> None:
         if wait.cancelled_caught or not data:
             break
         await stream.send_all(data)
+        if stop.begun:
+            break
 
 
 async def stop_on_signals() -> None:

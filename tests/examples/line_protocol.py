@@ -1,6 +1,7 @@
 """A line protocol: a client sends lines, and receives each of them in capitals a second later.
 
-A shutdown answers each line that has arrived. It disconnects a client that is silent for a second.
+A shutdown answers each line that the server has received. Then it disconnects the client. A client
+that has sent no line has another second to do so.
 """
 
 import signal
@@ -28,6 +29,8 @@ async def serve_lines(stream: trio.SocketStream) -> None:
         await trio.sleep(1)  # The work. It is outside the block, so a shutdown lets it finish.
         with trio.fail_after(30):  # A client that does not read its replies is an error.
             await stream.send_all(line.upper() + b"\n")
+        if stop.begun and not received:  # Otherwise a client that keeps sending delays the end.
+            return
 
 
 async def stop_on_signals() -> None:
