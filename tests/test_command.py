@@ -119,7 +119,7 @@ def test_an_inherited_unix_socket_is_served_and_its_client_cannot_forge_a_line(
         listener.listen()
         process = activated(start, listener.fileno(), "--delay", "0")
         process.wait_for_banner()
-        assert f"Listening on {path} " in process.stdout
+        assert f"Listening on {path!r} " in process.stdout
         client.bind(str(tmp_path / "client\n2026-01-01 INFO forged\x1b[2J"))
         client.connect(path)
         client.sendall(b"hi")
@@ -127,6 +127,19 @@ def test_an_inherited_unix_socket_is_served_and_its_client_cannot_forge_a_line(
         client.close()
         process.wait_for_log(" answered in ")
         assert len(process.stderr.splitlines()) == 1
+
+
+def test_an_inherited_unix_socket_may_have_an_abstract_address(start: Start) -> None:
+    address = f"\0trio-server-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(address)
+        listener.listen()
+        process = activated(start, listener.fileno(), "--delay", "0")
+        process.wait_for_banner()
+        client.connect(address)
+        client.sendall(b"hi")
+        assert receive_all(client) == REPLY
+    assert process.stop() == 0
 
 
 def test_a_host_may_be_a_name_or_an_ipv6_address_or_all_interfaces(start: Start) -> None:
@@ -170,7 +183,7 @@ def test_localhost_is_each_address_that_this_machine_has(start: Start) -> None:
         assert process.stderr.count("WARNING") == warnings
     assert none.wait() == 1
     assert none.log[-1] == (
-        "ERROR this machine has no address of 'localhost': choose another with --host"
+        "ERROR 'localhost' is not an address of this machine: choose another --host"
     )
 
 
@@ -236,7 +249,7 @@ def test_a_start_that_fails_is_one_sentence(start: Start) -> None:
         sentence = fails_to_start(process)
         assert re.fullmatch(r"ERROR host '\S+' does not resolve \(.+\): check --host", sentence)
     assert fails_to_start(elsewhere) == (
-        "ERROR this machine has no address of '203.0.113.1': choose another with --host"
+        "ERROR '203.0.113.1' is not an address of this machine: choose another --host"
     )
 
 

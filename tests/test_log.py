@@ -21,6 +21,7 @@ from process import (
     Start,
     changed,
     file_limit,
+    free_port,
     receive_all,
     request,
     tool,
@@ -319,9 +320,8 @@ def test_with_a_full_buffer_lines_are_dropped_and_counted(
     written: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_module, "BUFFER_SIZE", 3)
+    monkeypatch.setattr(logging.root, "level", logging.ERROR)  # The number is logged anyway.
     log = Log()
-    monkeypatch.setattr(log_module.logger, "handlers", [log])
-    monkeypatch.setattr(log_module.logger, "propagate", False)
     reading = threading.Event()
 
     def write(_: int, text: str) -> None:
@@ -343,18 +343,59 @@ def test_with_a_full_buffer_lines_are_dropped_and_counted(
 
 
 def test_without_a_thread_a_line_is_written_at_once_or_dropped(
-    monkeypatch: pytest.MonkeyPatch, written: list[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", fail)
     log = Log()
-    readable = True
+    readable, written = True, list[str]()
     monkeypatch.setattr("select.select", lambda *_: ([], [2] if readable else [], []))
+
+    def write(_: int, data: bytes) -> int:
+        written.append(data.decode())
+        return len(data)
+
+    monkeypatch.setattr("os.write", write)
     log.handle(record_of("one"))
     assert without_times(written) == ["one"]
     readable = False
     log.handle(record_of("the reader has stopped reading"))
     log.close()
     assert without_times(written) == ["one"]
+
+
+def test_text_is_written_whole_although_another_program_fills_the_pipe_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = []
+    full = iter((True, False, True, False, False))
+
+    def write(_: int, data: bytes) -> int:
+        if next(full):
+            raise BlockingIOError
+        written.append(data[:3])
+        return len(data[:3])
+
+    monkeypatch.setattr("select.select", lambda *_: ([], [2], []))
+    monkeypatch.setattr("os.write", write)
+    log_module.write_all(2, "12345678")
+    assert b"".join(written) == b"12345678"
+
+
+def test_a_reader_of_stdout_that_has_stopped_reading_delays_neither_serving_nor_stopping(
+    start: Start,
+) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while os.write(writing, b"x"):
+            pass
+    os.set_blocking(writing, True)
+    port = free_port("127.0.0.1")
+    process = start("--host=127.0.0.1", f"--port={port}", "--delay=0", stdout=writing)
+    process.wait_until(lambda: request(("127.0.0.1", port)) == "answered")
+    assert process.stop() == 0
+    os.close(reading)
+    os.close(writing)

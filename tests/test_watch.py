@@ -197,6 +197,18 @@ async def test_a_view_that_fails_restores_the_terminal_and_does_not_end_the_serv
     assert "ValueError: cannot draw" in caplog.text
 
 
+async def test_a_view_that_gets_no_thread_does_not_end_the_server(
+    view: View, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    handlers = logging.root.handlers
+    monkeypatch.setattr(trio.to_thread, "run_sync", fail)
+    await view.show()
+    assert logging.root.handlers is handlers
+
+
 async def test_the_terminal_is_restored_last_although_a_write_before_is_slow(
     view: View, monkeypatch: pytest.MonkeyPatch
 ) -> None:

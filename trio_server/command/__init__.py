@@ -1,4 +1,4 @@
-"""The command: put the parts together, and set up the process: signals, limits, the collector."""
+"""The command: it puts the parts together, and sets up the process as a whole."""
 
 import argparse
 import gc
@@ -24,7 +24,8 @@ from trio_server.responder import hello_world
 from trio_server.server import serve_gracefully
 from trio_server.shutdown import Shutdown
 
-COLLECTOR_THRESHOLDS = (1_000_000, 10, 10)  # 20,000 connections need fewer objects at once.
+BANNER = "Waiting for connection to be established"
+COLLECTOR_THRESHOLDS = (1_000_000, 10, 10)  # 20,000 open connections have fewer objects.
 
 logger: logging.Logger = logging.getLogger("trio_server")
 
@@ -50,15 +51,15 @@ def main() -> int:
 
 
 def raise_file_limit() -> None:
-    """Let the process open as many files as it may: each connection is one."""
+    """Raise the limit of open files as far as the system allows: each connection is one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # macOS allows fewer than it says.
+    with suppress(OSError, ValueError):  # macOS may refuse its own hard limit.
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         logger.debug("limit of open files: was %d, is %d", soft, hard)
 
 
 def tune_collector() -> None:
-    """Look for cyclic garbage less often. Connections leave none, see ``tests/benchmark``."""
+    """Look for cyclic garbage less often: connections leave none (see ``tests/benchmark``)."""
     gc.collect()
     gc.freeze()  # The imported modules will not become garbage.
     gc.set_threshold(*COLLECTOR_THRESHOLDS)
@@ -111,7 +112,7 @@ async def limited(limiter: trio.CapacityLimiter, respond: Responder, request: by
 async def start(
     servers: list[partial[Any]], shutdown: Shutdown, nursery: trio.Nursery, *, shared: bool
 ) -> list[trio.SocketListener]:
-    """Start each server whose address this machine has, at least one; return their listeners."""
+    """Start a server on each address that this machine has. Without one, raise the `OSError`."""
     listeners: list[trio.SocketListener] = []
     for server in servers:
         run_server = partial(serve_gracefully, server, shutdown, shared=shared)
@@ -126,11 +127,11 @@ async def start(
 
 
 def announce(listeners: list[trio.SocketListener]) -> str:
-    """Report to the process manager and on stdout that clients may connect; return where."""
+    """Tell the process manager and stdout that clients may connect. Return the URLs."""
     notify("READY=1")
     names = [listener.socket.getsockname() for listener in listeners]  # A Unix socket has a path.
-    urls = [f"http://{format_address(one)}" if isinstance(one, tuple) else one for one in names]
-    lines = [f"Listening on {url} (Ctrl-C stops)" for url in urls]
-    if sys.stdout is not None:  # It may be closed, and descriptor 1 some other file.
-        write_all(1, "\n".join([*lines, "Waiting for connection to be established", ""]))
+    urls = [f"http://{format_address(n)}" if isinstance(n, tuple) else ascii(n) for n in names]
+    lines = [*(f"Listening on {url} (Ctrl-C stops)" for url in urls), BANNER]
+    if sys.stdout is not None:  # If it is closed, descriptor 1 may be another file.
+        write_all(1, "".join(f"{line}\n" for line in lines), patience=0)
     return ", ".join(urls)

@@ -1,4 +1,4 @@
-"""What a process manager passes in: listening sockets, and where to report that it is ready."""
+"""The process manager: the listening sockets that it passes in, and the state that it is told."""
 
 import os
 import socket

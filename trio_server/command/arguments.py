@@ -1,4 +1,4 @@
-"""The command line: its options, its addresses, and a sentence for why it cannot be served."""
+"""The command line: its options, and a sentence that says why the server cannot start."""
 
 import argparse
 import errno
@@ -18,9 +18,9 @@ LONGEST = 1_000_000  # seconds, 11 days
 NUMBERS = (  # option, type, least, most, default, meaning
     ("port", int, 0, 65_535, PORT, "port to listen on; with 0 the kernel chooses one"),
     ("delay", float, 0, LONGEST, DELAY, "simulated work for each request"),
-    ("client-timeout", float, 0.001, LONGEST, CLIENT_TIMEOUT, "limit to send, and to receive"),
-    ("grace-period", float, 0, LONGEST, GRACE_PERIOD, "limit for requests in flight at a stop"),
-    ("max-concurrent", int, 1, math.inf, math.inf, "requests to work on at the same time"),
+    ("client-timeout", float, 0.001, LONGEST, CLIENT_TIMEOUT, "limit to send, again to receive"),
+    ("grace-period", float, 0, LONGEST, GRACE_PERIOD, "limit for requests after a stop signal"),
+    ("max-concurrent", int, 1, 1_000_000, math.inf, "most requests to work on at a time"),
 )
 NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # on this machine: bind(2)
 
@@ -39,11 +39,11 @@ def parse_arguments() -> argparse.Namespace:
         parse = partial(number, kind, least, most)
         option(f"--{name}", type=parse, default=default, metavar=unit, help=meaning)
     levels = ("debug", "info", "warning", "error")
-    option("--log-level", type=str.lower, choices=levels, default="info", help="lowest to log")
+    option("--log-level", type=str.lower, choices=levels, default="info", help="lowest level")
     option("--watch", action="store_true", help="show the connections live in the terminal")
     option("--version", action="version", version=f"%(prog)s {trio_server.__version__}")
     options = parser.parse_args()
-    if options.watch and not os.isatty(1):
+    if options.watch and (not os.isatty(1) or os.environ.get("TERM") == "dumb"):
         parser.error("--watch needs a terminal: leave it out when stdout is redirected")
     return options
 
@@ -87,5 +87,5 @@ def advice(error: BaseException, options: argparse.Namespace) -> str:
         case OSError(errno=errno.EACCES):
             return f"{port} needs privileges: choose 1024 or higher with --port"
         case OSError() if error.errno in NO_SUCH_ADDRESS:
-            return f"this machine has no address of {options.host!r}: choose another with --host"
-    return f"cannot serve on {host}, {port} ({error}): check --host and --port"
+            return f"{options.host!r} is not an address of this machine: choose another --host"
+    return f"cannot serve on {host}, {port}: {error}"

@@ -19,14 +19,12 @@ GATHERING_TIME = 0.1  # seconds, too short to notice; lines that come meanwhile 
 LAST_SECOND = 1.0  # seconds for the last lines, when the process ends
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # syslog(3)
 
-logger: logging.Logger = logging.getLogger("trio_server")
-
 
 class Log(logging.Handler):
     """Writes lines to stderr in a thread of its own.
 
     Lines that do not fit into the buffer are dropped, and their number is logged once the reader
-    goes on. If no thread can be started, a line is written at once, or dropped.
+    reads again. If no thread can be started, a line is written at once, or dropped.
     """
 
     def __init__(self) -> None:
@@ -37,7 +35,7 @@ class Log(logging.Handler):
         self._thread = threading.Thread(target=self._run, daemon=True)
         with suppress(RuntimeError):  # The limit of processes is reached.
             self._thread.start()
-        stderr = os.fstat(2)  # systemd.exec(5) has the variable that tells where stderr leads.
+        stderr = os.fstat(2)  # If that is the journal, this variable says so: systemd.exec(5).
         self._journal = os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
 
     def format(self, record: logging.LogRecord) -> str:
@@ -51,8 +49,7 @@ class Log(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Put a record into the buffer, or drop it."""
         if not self._thread.is_alive():
-            if select.select((), (2,), (), 0)[1]:  # The reader reads.
-                write_all(2, self.format(record))
+            write_all(2, self.format(record), patience=0)
         elif self._lines.qsize() < BUFFER_SIZE:
             self._lines.put(self.format(record))
         else:
@@ -66,25 +63,26 @@ class Log(logging.Handler):
             self._thread.join(LAST_SECOND)
 
     def _run(self) -> None:
+        counted = 0
         while not (self._ending.is_set() and self._lines.empty()):
             text = self._lines.get()
             self._ending.wait(GATHERING_TIME)
             write_all(2, text + "".join(self._lines.get() for _ in range(self._lines.qsize())))
-            self.acquire()  # so that no line takes the place of the message
-            if self._dropped and self._lines.qsize() < BUFFER_SIZE:
-                number, self._dropped = self._dropped, 0
-                logger.warning("%d lines of this log were dropped: nothing read them", number)
-            self.release()
+            if number := self._dropped - counted:
+                counted += number
+                text = f"{number} lines of this log were dropped: nothing read them"
+                record = logging.makeLogRecord({"msg": text, "levelname": "WARNING"})
+                self._lines.put(self.format(record))  # at any level, and although it is full
 
 
-def write_all(descriptor: int, text: str) -> None:
-    """Write text to a descriptor. A full disk, or a reader that has gone, is no error."""
+def write_all(descriptor: int, text: str, patience: float | None = None) -> None:
+    """Write text; drop it if nothing reads for ``patience`` seconds, or the disk is full."""
     data = text.encode(errors="backslashreplace")
     # Not through Python's file object: its lock would block the exit if this thread is stuck.
     with suppress(OSError):
-        while data:
-            select.select((), (descriptor,), ())  # Another program may have made it non-blocking.
-            data = data[os.write(descriptor, data) :]
+        while data and select.select((), (descriptor,), (), patience)[1]:
+            with suppress(BlockingIOError):  # It does not block, and another program was faster.
+                data = data[os.write(descriptor, data) :]
 
 
 @lru_cache(maxsize=1)
@@ -94,7 +92,7 @@ def format_time(second: int) -> str:
 
 
 class OncePerSecond(logging.Filter):
-    """Passes one record a second, without a traceback: Trio logs ten at the limit of files."""
+    """Passes one record a second, without a traceback: at the limit of files, Trio logs ten."""
 
     _next = 0.0
 

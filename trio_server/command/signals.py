@@ -21,7 +21,7 @@ logger: logging.Logger = logging.getLogger("trio_server")
 def exit_on_stop_signals() -> list[signal.Signals]:
     """Let each stop signal that is not ignored (`nohup`) end the process; return these signals.
 
-    Process 1 of a container needs a handler for each: the kernel ignores the default action.
+    Process 1 of a container needs the handlers: without, the kernel ignores the signals.
     """
     stop_signals = [one for one in STOP_SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
     for one in stop_signals:

@@ -1,17 +1,16 @@
 """The live view (``--watch``): a task that draws the connections ten times a second."""
 
 import locale
-import logging
+import logging.handlers
 import os
 import re
 import shutil
 from functools import partial
-from logging.handlers import MemoryHandler
 
 import trio
 
 from trio_server.account import Account, Exchange, Outcome
-from trio_server.command.log import LAST_SECOND, write_all
+from trio_server.command.log import BUFFER_SIZE, GATHERING_TIME, LAST_SECOND, write_all
 from trio_server.shutdown import Shutdown
 
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the other screen, without a cursor
@@ -23,28 +22,30 @@ class View:
 
     def __init__(self, account: Account, shutdown: Shutdown, delay: float, url: str) -> None:
         self.account, self.shutdown, self.delay, self.url = account, shutdown, delay, url
-        self.warnings = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)
+        self.warnings = logging.handlers.MemoryHandler(BUFFER_SIZE, logging.CRITICAL + 1)
         self.warnings.setLevel(logging.WARNING)
 
     async def show(self) -> None:
         """Draw until cancelled, then leave the terminal as it was, and log the warnings again."""
-        # If the terminal is stuck, a cancelled write is abandoned, but the next one waits for it.
-        one = trio.CapacityLimiter(1)
+        one = trio.CapacityLimiter(1)  # The writes keep their order, also if one is abandoned.
         in_thread = partial(trio.to_thread.run_sync, abandon_on_cancel=True, limiter=one)
-        log, on_terminal = logging.root.handlers, os.isatty(2)
-        self.warnings.setTarget(log[0] if on_terminal else logging.NullHandler())
-        logging.root.handlers = [self.warnings, *([] if on_terminal else log)]
+        log, shared = logging.root.handlers, os.path.sameopenfile(1, 2)  # noqa: ASYNC240
+        self.warnings.setTarget(log[0] if shared else logging.NullHandler())
+        logging.root.handlers = [self.warnings, *([] if shared else log)]
         try:
-            await in_thread(write_all, 1, ENTER)
-            while True:
-                text = frame(self.draw(*shutil.get_terminal_size(), trio.current_time()))
-                await in_thread(write_all, 1, text)  # No lock: other tasks run only from here on.
-                await trio.sleep(0.1)
+            await trio.sleep(2 * GATHERING_TIME if shared else 0)  # until older lines are written
+            try:
+                await in_thread(write_all, 1, ENTER)
+                while True:
+                    text = frame(self.draw(*shutil.get_terminal_size(), trio.current_time()))
+                    await in_thread(write_all, 1, text)  # No lock: before this, no other task ran.
+                    await trio.sleep(0.1)
+            finally:
+                with trio.CancelScope(deadline=trio.current_time() + LAST_SECOND, shield=True):
+                    await in_thread(write_all, 1, LEAVE)
         except Exception:
             logging.getLogger("trio_server").exception("the view failed; the server goes on")
         finally:
-            with trio.CancelScope(deadline=trio.current_time() + LAST_SECOND, shield=True):
-                await in_thread(write_all, 1, LEAVE)
             logging.root.handlers = log
             self.warnings.close()
 
@@ -57,8 +58,8 @@ class View:
             facts.insert(0, f"shutting down, {max(self.shutdown.grace_ends - now, 0):.0f} s left")
         title = " · ".join([f"trio_server on {self.url}", *facts])
         answered = [one for one in reversed(self.account.ended) if one.outcome is Outcome.ANSWERED]
-        below = [self.row(one, columns, now) for one in answered[: rows // 4]]
-        below = ["── answered ──", *below] if below else []
+        below = ["── answered ──"] if answered else []
+        below += [self.row(one, columns, now) for one in answered[: rows // 4]]
         below += [f"! {ascii(one.getMessage())[1:-1]}" for one in self.warnings.buffer[-3:]]
         room = max(rows - 2 - len(below), 0)
         lines = [title if len(title) < columns else " · ".join(facts)]
@@ -75,8 +76,7 @@ class View:
             return f"{start}connected, has sent nothing for {now - exchange.accepted_at:.0f} s"
         if exchange.answered_at is not None:
             return f"{start}{exchange.answered_at - exchange.received_at:.3f} s"
-        worked = now - exchange.received_at
-        length = max(min(20, columns - len(start) - 10), 0)
+        worked, length = now - exchange.received_at, max(min(20, columns - len(start) - 10), 0)
         full, half = divmod(int(2 * length * min(worked / max(self.delay, 0.001), 1)), 2)
         return f"{start}{('█' * full + '▌' * half).ljust(length, '░')}  {worked:.1f} s"
 
