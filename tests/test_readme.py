@@ -60,7 +60,9 @@ def test_the_second_program_echoes_and_stops(tmp_path: Path) -> None:
 
 def broken(start: Start, folder: Path, number: int, *options: str) -> Process:
     """Start the command with the change that a step of "Break it yourself" asks for."""
-    found = re.search(rf"^{number}\. In `(.*?)`, write `(.*?)` for `(.*?)`", TOUR, re.MULTILINE)
+    found = re.search(
+        rf"^{number}\. In `(.*?)`, write `(.*?)` instead of `(.*?)`", TOUR, re.MULTILINE
+    )
     assert found
     shutil.copytree(ROOT / "trio_server", folder / "trio_server")
     path = folder / "trio_server" / found[1]

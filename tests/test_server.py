@@ -794,7 +794,7 @@ async def test_a_forced_stop_counts_each_client_that_had_sent_its_request_as_cut
                 client.sendall(b"hi")
             server.shutdown.begin(0)
     assert server.account.outcomes == {Outcome.CUT_OFF: 100}
-    assert caplog.messages == ["handlers cancelled at the end of the grace period: 100"]
+    assert caplog.messages == ["handlers cancelled by the shutdown: 100"]
 
 
 @pytest.mark.parametrize(
@@ -831,7 +831,7 @@ async def test_the_number_of_handlers_that_the_grace_period_cuts_off_is_a_warnin
         server.shutdown.begin(25)
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage() == "handlers cancelled at the end of the grace period: 2"
+    assert record.getMessage() == "handlers cancelled by the shutdown: 2"
     for client in clients:
         await client.aclose()
 
@@ -886,7 +886,7 @@ async def test_an_accept_that_fails_does_not_shorten_the_grace_period(
     with pytest.raises(trio.ClosedResourceError):
         await serve_gracefully(partial(trio.serve_listeners, work, [broken]), server.shutdown)
     assert trio.current_time() == 100
-    assert caplog.messages[-1] == "handlers cancelled at the end of the grace period: 1"
+    assert caplog.messages[-1] == "handlers cancelled by the shutdown: 1"
     await client.aclose()
 
 

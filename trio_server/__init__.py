@@ -1,11 +1,11 @@
 """A graceful shutdown for servers on Trio, and the demo that ``python -m trio_server`` runs.
 
 * `serve_gracefully` runs one of Trio's servers until `Shutdown.begin` is called.
-* `serve_connection` is a handler: one request and one reply, made by a responder.
-  `hello_world` is a responder.
-* `Account` has an `Exchange` for each connection, and counts their `Outcome`.
+* `serve_connection` is a handler: one request and one reply, which a responder makes. A responder
+  is an async function from request to reply. `hello_world` is one.
+* `Account` has an `Exchange` for each connection, and counts the connections by `Outcome`.
 
-An echo server, which SIGTERM or Ctrl-C stops gracefully, and a second signal at once::
+This echo server stops gracefully on SIGTERM or Ctrl-C, and immediately on a second signal::
 
     import signal, trio
     from functools import partial
@@ -15,11 +15,11 @@ An echo server, which SIGTERM or Ctrl-C stops gracefully, and a second signal at
 
     async def echo(stream):
         while True:
-            with stop.move_on_after(30) as wait:  # 1 s, once the shutdown has begun
+            with stop.move_on_after(30) as wait:  # Once the shutdown begins, 1 s is left.
                 data = await stream.receive_some()
             if wait.cancelled_caught or not data:
                 break
-            await stream.send_all(data)  # The work is outside the block, so it is finished.
+            await stream.send_all(data)  # This work is outside the block, so it may finish.
             if stop.begun:
                 break
 

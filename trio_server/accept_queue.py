@@ -15,8 +15,8 @@ import trio
 
 SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>; Python has no name for it
 
-# Classic BPF (<linux/filter.h>): opcode, jump if true, jump if false, operand. What it sees starts
-# with the TCP header. Byte 13 of that holds the flags: SYN is 0x02, ACK is 0x10.
+# Classic BPF (<linux/filter.h>): opcode, jump if true, jump if false, operand. The filter sees a
+# packet from its TCP header on. Byte 13 of the header holds the flags: SYN is 0x02, ACK is 0x10.
 INSTRUCTIONS = (
     (0x30, 0, 0, 13),  # load byte 13
     (0x54, 0, 0, 0x12),  # keep SYN and ACK
@@ -29,16 +29,16 @@ DROP_NEW_CONNECTIONS = array("B", b"".join(struct.pack("HBBI", *one) for one in 
 
 @trio.lowlevel.enable_ki_protection  # Ctrl-C must not leave two owners of one descriptor.
 def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.socket]:
-    """Accept up to ``most`` connections of the queue in order, without a checkpoint.
+    """Accept up to ``most`` connections from the queue in order, without a checkpoint.
 
-    Trio's `accept` needs a scheduler pass for each. Making streams of them here would take so
+    Trio's `accept` takes one scheduler pass for each. Making streams of them here would take so
     long that a fast client could fill the queue meanwhile.
     """
     accepted: list[socket.socket] = []
     if any_waiting([listener]):  # This costs a tenth of an `accept` that fails.
         plain = socket.socket(listener.family, listener.type, listener.proto, listener.fileno())
         plain.settimeout(0)  # whatever `socket.setdefaulttimeout` says
-        with suppress(OSError):  # The queue is empty, or an error that Trio's `accept` meets, too.
+        with suppress(OSError):  # The queue is empty, or Trio's next `accept` meets the error.
             while len(accepted) < most:
                 accepted.append(plain.accept()[0])
         plain.detach()
@@ -46,7 +46,7 @@ def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.s
 
 
 def any_waiting(sockets: Iterable[trio.socket.SocketType]) -> bool:
-    """Return whether one of these sockets is readable: for a listener, a connection to accept."""
+    """Return whether a socket is readable. For a listener: whether a connection is waiting."""
     poll = select.poll()
     for one in sockets:
         if one.fileno() >= 0:  # -1 when closed
@@ -57,13 +57,13 @@ def any_waiting(sockets: Iterable[trio.socket.SocketType]) -> bool:
 def ignore_new_connections(listener: trio.socket.SocketType) -> bool:
     """Make the kernel drop each packet that opens a connection; return whether it does.
 
-    The client's kernel tries again after a second, and reaches the next server or a closed port.
+    The client's kernel tries again after a second, and reaches a new server or a closed port.
     Only Linux can do this, and only for TCP (socket(7), ``SO_ATTACH_FILTER``).
     """
     if sys.platform != "linux" or listener.family not in (socket.AF_INET, socket.AF_INET6):
         return False
     program = struct.pack("HP", len(INSTRUCTIONS), DROP_NEW_CONNECTIONS.buffer_info()[0])
-    with suppress(OSError):  # It is closed, or this is gVisor, which stands in for Linux.
+    with suppress(OSError):  # The listener is closed, or this is gVisor, which imitates Linux.
         listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
         return True
     return False

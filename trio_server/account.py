@@ -1,4 +1,4 @@
-"""A record of each connection, and how many have ended in which way."""
+"""A record of each connection, and the number of connections that ended in each way."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ logger: logging.Logger = logging.getLogger("trio_server")
 class Outcome(Enum):
     """How a connection ended."""
 
-    ANSWERED = "answered"  # The kernel accepted the whole reply, and the client did not reset.
+    ANSWERED = "answered"  # The kernel accepted the whole reply, and no reset followed.
     SENT_NOTHING = "sent nothing"  # The client closed, or a shutdown ended the wait for it.
     WENT_AWAY = "went away"  # The client reset the connection, perhaps after the reply.
     TIMED_OUT = "timed out"  # The client sent no request in time, or did not read the reply.
@@ -31,7 +31,7 @@ class Exchange:
     accepted_at: float = field(default_factory=trio.current_time)
     received_at: float = math.nan  # until a request arrives
     outcome: Outcome = Outcome.CUT_OFF  # until another is known
-    reply_size: int = 0  # bytes, once all of them were sent
+    reply_size: int = 0  # bytes, once all of them are sent
     answered_at: float | None = None
 
     @property
@@ -66,7 +66,7 @@ class Account:
 
     @property
     def in_flight(self) -> int:
-        """How many requests were received, and are neither answered nor failed yet."""
+        """How many requests have arrived, and have neither been answered nor failed yet."""
         return sum(exchange.in_flight for exchange in self.open)
 
     def begin(self, peer: str) -> Exchange:

@@ -13,7 +13,7 @@ from trio_server.shutdown import Shutdown, check_seconds
 Responder: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 REQUEST_SIZE = 1024  # bytes; a limit, so that no client can make the server store more
 CLIENT_TIMEOUT = 30.0  # seconds; slow networks need a few, and no client may stay for ever
-DRAIN_SILENCE = 2.0  # seconds; Apache httpd waits as long for a silent client, nginx 5
+DRAIN_SILENCE = 2.0  # seconds for a silent client, as in Apache httpd; nginx waits for 5
 
 logger: logging.Logger = logging.getLogger("trio_server")
 
@@ -29,8 +29,8 @@ async def serve_connection(
     """Serve one client: receive a request, respond, send the reply, drain, close.
 
     Args:
-        stream: The client: TCP, TLS, a Unix socket or in memory. It is closed before this returns.
-            Over TLS, a client that still sends when it gets the reply may lose the reply.
+        stream: The client's stream: TCP, TLS, a Unix socket or in memory. It is closed before this
+            returns. Over TLS, a client that still sends when it gets the reply may lose the reply.
         respond: Async function from request to reply, both `bytes`, without a time limit. The
             request is what a single `receive_some` returned: 1 to 1,024 bytes, perhaps only the
             beginning of what the client sent. If the responder raises an exception, that is
@@ -61,8 +61,8 @@ async def serve_connection(
                 exchange.outcome = Outcome.TIMED_OUT if timed_out else Outcome.SENT_NOTHING
         except trio.BrokenResourceError as error:
             exchange.outcome = Outcome.WENT_AWAY
-            if error.__cause__:  # On Python 3.12 and 3.13, it is in a reference cycle that would
-                error.__cause__.__traceback__ = None  # keep the request and reply in memory.
+            if error.__cause__:  # On Python 3.12 and 3.13, a reference cycle would keep the cause,
+                error.__cause__.__traceback__ = None  # and with it the request and the reply.
         finally:
             # A client is cut off only if it has sent a request, which may not have been read yet.
             if exchange.outcome is Outcome.CUT_OFF and not exchange.request:
@@ -89,19 +89,19 @@ async def _answer(
         exchange.outcome, exchange.reply_size = Outcome.ANSWERED, reply.nbytes
         exchange.answered_at = trio.current_time()
         if isinstance(stream, trio.abc.HalfCloseableStream):
-            # A half-close means: I will send no more, but you still may. If a socket is closed
-            # that holds unread data, the kernel sends a reset, which can overtake the reply and
+            # A half-close means: I will send nothing more, but you still may. If a socket that
+            # holds unread data is closed, the kernel sends a reset. It can overtake the reply and
             # destroy it. So read until the client has closed, too (RFC 9112, section 9.6).
             await stream.send_eof()
-            # While other tasks run, most clients close. So Trio need not watch their sockets: with
-            # 10,000 clients at once, that shortens the p99 by a quarter.
+            # This lets other tasks run, and most clients close meanwhile. So Trio need not watch
+            # their sockets: with 10,000 clients at once, that shortens the p99 by a quarter.
             await trio.lowlevel.checkpoint()
             limit.deadline = min(trio.current_time() + DRAIN_SILENCE, latest)
             while await stream.receive_some():
                 limit.deadline = min(trio.current_time() + DRAIN_SILENCE, latest)
         else:  # TLS cannot half-close. So a client that still sends may lose the reply.
             await stream.aclose()
-    if exchange.outcome is not Outcome.ANSWERED:  # The client did not receive it in time.
+    if exchange.outcome is not Outcome.ANSWERED:  # The client did not receive the reply in time.
         exchange.outcome = Outcome.TIMED_OUT
 
 
@@ -112,7 +112,7 @@ def peer_name(stream: Any) -> str:  # noqa: ANN401 - any stream, even one withou
     except AttributeError:
         return "client"  # in memory
     except OSError:
-        return "unknown client"  # It reset the connection before that was accepted.
+        return "unknown client"  # The client reset the connection before it was accepted.
     return format_address(address) if isinstance(address, tuple) else "client"
 
 

@@ -20,8 +20,8 @@ REPLY = REPLY_HEAD + BODY
 async def hello_world(request: bytes, *, delay: float = DELAY) -> bytes:
     """Answer any request with ``Hello World!`` after ``delay`` seconds (0 or more).
 
-    A line typed into netcat receives the same HTTP response as an HTTP request. A HEAD request
-    receives its header section only (RFC 9110, section 9.3.2).
+    A line typed into netcat gets the same HTTP response as an HTTP request. The exception is a
+    HEAD request: it gets only the header section (RFC 9110, section 9.3.2).
     """
     await trio.sleep(delay)  # Meanwhile other tasks run; `time.sleep` would stop them all.
     return REPLY_HEAD if request.startswith(b"HEAD ") else REPLY

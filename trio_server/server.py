@@ -42,26 +42,27 @@ async def serve_gracefully(
             handler is an async function of a stream. The stream is closed when the handler ends.
         shutdown: Ends the server: the connections in the accept queue are accepted, and the
             listeners are closed. The handlers may run until the grace period ends.
-        shared: Whether other processes accept from the same listeners (systemd, fork). Those
-            get their share of the connections, and all that this server leaves in the queue.
-            If this is wrongly false, they receive no more connections after the shutdown.
-        task_status: `nursery.start` returns the listeners: ``[]`` if a shutdown ended the start.
+        shared: Whether other processes accept from the same listeners (systemd, fork). They get
+            their share of the connections, and all that this server leaves in the queue. If this
+            is false by mistake, the others get no connections after the shutdown.
+        task_status: Gives `nursery.start` the listeners, or ``[]`` if a shutdown ended the start.
 
-    An `Exception` of a handler is logged to the logger ``trio_server``, and ends the connection,
-    not the server. A `trio.BrokenResourceError` is logged in one line at INFO, as clients may
-    reset their connections. A handler that is shielded from cancellation is waited for.
+    An `Exception` that a handler raises is logged to the logger ``trio_server``. It ends the
+    connection, not the server. A `trio.BrokenResourceError` is one line at INFO, because clients
+    may reset their connections. The server waits for a handler that is shielded from cancellation.
 
-    These handlers go on until the grace period ends: those that wait for a client outside of
-    `Shutdown.move_on_after`, and those whose client keeps sending. Let them end about 2 s after
-    `Shutdown.wait` returns, when no new connections arrive, or end their loop at `Shutdown.begun`.
+    Two kinds of handlers go on until the grace period ends. The first waits for its client outside
+    `Shutdown.move_on_after`: end it about 2 s after `Shutdown.wait` returns, when no new
+    connections arrive. The second has a client that keeps sending: end its loop when
+    `Shutdown.begun` is true.
 
-    A TLS client gets an end of file without a goodbye, unless the handler calls ``aclose`` of its
-    stream. The path of a Unix socket is not removed.
+    A TLS connection ends without a TLS goodbye (close_notify), unless the handler calls ``aclose``
+    on its stream. The path of a Unix socket is not removed.
 
     Raises:
-        TypeError: ``server`` is not such a function.
-        OSError: The server could not start: its port is taken, for example. Or accepting
-            failed later: that begins the shutdown, and is raised when the handlers have ended.
+        TypeError: ``server`` is not one of Trio's servers with these arguments filled in.
+        OSError: The server could not start: its port is taken, for example. Or accepting failed
+            later: the shutdown begins, and this is raised when the handlers have ended.
     """
     try:
         inspect.signature(server).bind(handler_nursery=None, task_status=None)
@@ -81,7 +82,7 @@ async def serve_gracefully(
                     if not shutdown.begun:
                         shutdown.begin()
     if acceptor.cancelled:
-        logger.warning("handlers cancelled at the end of the grace period: %d", acceptor.cancelled)
+        logger.warning("handlers cancelled by the shutdown: %d", acceptor.cancelled)
     if failure is not None:
         raise failure
     if not acceptor.listeners:
@@ -105,7 +106,7 @@ class _Acceptor:
     async def run(
         self, server: Server, shutdown: Shutdown, task_status: trio.TaskStatus[list[Any]]
     ) -> None:
-        """Accept connections until the shutdown has begun, then close the listeners."""
+        """Accept connections until the shutdown begins, then close the listeners."""
         # The accept loops end before the handlers do, so they have a nursery of their own.
         async with trio.open_nursery() as accept_loops:
             with shutdown.move_on_after(math.inf):  # A shutdown need not wait for a name lookup.
@@ -128,15 +129,15 @@ class _Acceptor:
         """Keep new connections out, and wait until all others are accepted."""
         filtered = [ignore_new_connections(one) for one in sockets]
         if trio.current_time() < self.last_accept + 1 or any_waiting(sockets):
-            await trio.sleep(HANDSHAKE_TIME)  # Clients come: some may be in a handshake.
+            await trio.sleep(HANDSHAKE_TIME)  # Clients are arriving, perhaps in a handshake.
         with trio.move_on_after(math.inf if all(filtered) else EMPTYING_TIME):
             while any_waiting(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`
                 await trio.sleep(POLL_INTERVAL)
 
     def start_soon(self, _: object, stream: trio.abc.AsyncResource, handler: Handler) -> None:
-        """Accept all that wait in the accept queue, then start the handlers in batches.
+        """Accept all connections in the accept queue, then start the handlers in batches.
 
-        While the queue is full, each new client waits for a second. So accepting goes first:
+        While the queue is full, each new client waits for a second. So accepting comes first, and
         10,000 clients at once do not fill the queue. The function that Trio passes is not used: it
         closes the stream a second time, which costs 30 microseconds.
         """
@@ -167,7 +168,7 @@ class _Acceptor:
     async def _run_handler(self, handler: Handler, stream: trio.abc.AsyncResource) -> None:
         """Run a handler, so that its failure ends its connection and not the server."""
         transport = getattr(stream, "transport_stream", stream)
-        peer = peer_name(transport)  # After a reset, the kernel no longer knows it.
+        peer = peer_name(transport)  # After a reset, the kernel no longer knows the address.
         try:
             await handler(stream)
         except* trio.BrokenResourceError as group:

@@ -1,4 +1,4 @@
-"""Graceful shutdown: an idle client gets one more second, a request in flight the grace period."""
+"""Graceful shutdown: idle clients get one more second, requests in flight get the grace period."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 
 import trio
 
-GRACE_PERIOD = 30.0  # seconds; process managers kill after a while: Docker 10, systemd 90
+GRACE_PERIOD = 30.0  # seconds; process managers send SIGKILL: Docker after 10, systemd after 90
 IDLE_TIME = 1.0  # seconds; enough for a request that is on its way, too short to delay the end
 
 
@@ -18,7 +18,7 @@ class Shutdown:
 
     ``idle_time`` is the number of seconds that a wait in `move_on_after` may still take once the
     shutdown has begun. With 0, a request that has arrived may stay unread. A negative number or
-    nan raises `ValueError`, here and below.
+    nan raises `ValueError`, here and in the methods.
     """
 
     def __init__(self, idle_time: float = IDLE_TIME) -> None:
@@ -45,8 +45,8 @@ class Shutdown:
     def begin(self, grace_period: float = GRACE_PERIOD) -> None:
         """Begin the shutdown and return at once. Handlers may run for ``grace_period`` seconds.
 
-        Then they are cancelled: at once after 0 seconds, never after `math.inf`. Calling this
-        again can only shorten the time.
+        Then they are cancelled: with 0 immediately, with `math.inf` never. Calling this again can
+        only shorten the time.
 
         For a signal, use `trio.open_signal_receiver`: a handler of `signal.signal` must not call
         this. In another thread, this raises `RuntimeError`. Call it there with
@@ -109,5 +109,5 @@ class _Scope(AbstractContextManager[trio.CancelScope]):
 
 def check_seconds(name: str, value: float) -> None:
     """Raise a `ValueError` that names the argument, unless it is a length of time."""
-    if not value >= 0:  # nan is not, either
+    if not value >= 0:  # This also catches nan.
         raise ValueError(f"{name} is {value}: it must be a number of seconds, 0 or more")

@@ -141,8 +141,8 @@ def print_stops(plan: Plan, results: Results) -> None:
     """Print the requests that each server lost when it was stopped, as a table and a chart."""
     print(
         "### Requests lost at a stop\n\n"
-        f"{plan.stop_clients} clients send one request after the other. Each request has a "
-        f"connection of its own and needs {STOP_DELAY:g} s of work. After {plan.load_time:g} s "
+        f"Each of {plan.stop_clients} clients sends one request after another. Each request has "
+        f"a connection of its own and takes {STOP_DELAY:g} s of work. After {plan.load_time:g} s "
         "the server receives SIGTERM. The clients continue until the port refuses connections. "
         "A request is lost if its connection was established and its reply did not arrive "
         "whole.\n"
@@ -167,9 +167,9 @@ def print_instructions(plan: Plan, results: Results) -> None:
     few, many = plan.counted_requests
     print(
         "### Instructions per connection\n\n"
-        "Thousands of instructions in user space, counted by valgrind: the difference between "
-        f"{few:,} and {many:,} requests from {COUNTED_CLIENTS} clients, without work. "
-        f"In parentheses: the ratio to {FIFTEEN.name}.\n"
+        f"valgrind counts the instructions in user space of {few:,} and of {many:,} requests from "
+        f"{COUNTED_CLIENTS} clients, without work. A connection takes the difference divided by "
+        f"{many - few:,}. The ratio to the {FIFTEEN.name} is in parentheses.\n"
     )
     print_row("server", "thousands of instructions")
     print_row("---", "---:")
@@ -183,13 +183,13 @@ def print_speed(kinds: list[Kind], plan: Plan, results: Results) -> None:
     """Print the table of speed and memory."""
     print(
         "### Speed and memory\n\n"
-        f"Medians. Rounds: {plan.rounds}. The servers share the cores with ab. In parentheses: "
-        f"the ratio to {FIFTEEN.name}.\n\n"
+        f"The table shows medians of {plan.rounds} rounds. The servers share the cores with ab. "
+        f"The ratio to the {FIFTEEN.name} is in parentheses.\n\n"
         f"- p50, p99, max, KB: {plan.at_once:,} connections at once, {plan.delay:g} s of work "
-        f"each. The times are those beyond the {plan.delay:g} s. KB is the memory per "
-        "connection.\n"
-        "- Queue full: how often the kernel ignored one of these clients, as the accept queue "
-        "was full. The client tries again a second later.\n"
+        "each. p99 is the time that 99 of 100 requests stay below. The times exclude the work. "
+        "KB is the memory per connection.\n"
+        "- Queue full: how often the kernel ignored one of these clients, because the accept "
+        "queue was full. The client tries again a second later.\n"
         f"- Requests per second and processor time per connection: {plan.requests:,} requests, "
         f"{CLIENTS} at once, without work.\n"
     )
@@ -231,8 +231,8 @@ def print_growth(kinds: list[Kind], plan: Plan, results: Results) -> None:
     sizes = sorted((plan.at_once, *plan.growth))
     print(
         "### The p99 by number of connections\n\n"
-        f"Milliseconds beyond the {plan.delay:g} s. {plan.at_once:,}: the median of "
-        f"all rounds. The other columns: one round.\n"
+        f"The times are in milliseconds and exclude the {plan.delay:g} s of work. The column for "
+        f"{plan.at_once:,} is the median of all rounds, and the others are one round.\n"
     )
     print_row("connections at once", *(f"{size:,}" for size in sizes))
     print_row("---", *["---:"] * len(sizes))
@@ -249,8 +249,8 @@ def print_shared(results: Results) -> None:
     one, two = (median(load.rate for load in results.shared[number]) for number in (1, 2))
     print(
         "### Several processes\n\n"
-        f"trio_server on one inherited socket: one process answers {cell(one)} requests per "
-        f"second, two processes answer {cell(two)}{ratio(two, one)}.\n"
+        f"On one inherited socket, one process of trio_server answers {cell(one)} requests per "
+        f"second, and two answer {cell(two)}{ratio(two, one)}.\n"
     )
 
 

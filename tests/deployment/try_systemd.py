@@ -184,7 +184,7 @@ def try_restarts(machine: Machine, units: list[str], times: int, interval: float
         time.sleep(1)
     if others != [machine.pid(unit) for unit in units[:-1]]:
         raise RuntimeError("the other process was restarted, too")
-    return results, f"each took {max(taken):.1f} s at most"
+    return results, f"each restart took {max(taken):.1f} s at most"
 
 
 def try_broken(machine: Machine) -> Row:

@@ -2,11 +2,12 @@
 
 What a client gets when the server receives SIGTERM:
 
-* A request in flight is answered whole, streams included, for up to 30 seconds. If its reply has
-  not begun yet, it has the header field "Connection: close", so a keep-alive client sends no
-  other request.
-* A reply that has begun cannot have this field. If it lasts for more than 2 seconds after the
-  signal, the next request on its connection is lost, and may delay the end by up to 30 seconds.
+* A request in flight is answered in full within 30 seconds, even if its reply is a stream. If the
+  reply has not begun yet, it has the header field "Connection: close", so a keep-alive client
+  sends no further request.
+* A reply that has begun cannot have this field. If such a reply lasts for more than 2 seconds
+  after the signal, the next request on its connection is lost. That request may also delay the
+  end by up to 30 seconds.
 * An idle keep-alive client is disconnected after 2 seconds.
 * A WebSocket client receives a close frame with the code 1001 ("going away").
 
@@ -44,7 +45,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     else:
         await send({"type": "websocket.accept"})
         await send({"type": "websocket.send", "text": "Hello World!"})
-        with stop.move_on_after(math.inf):  # A wait for the client: a shutdown ends it.
+        with stop.move_on_after(math.inf):  # A shutdown ends this wait for the client.
             while (await receive())["type"] != "websocket.disconnect":
                 pass
         await send({"type": "websocket.close", "code": 1001})
@@ -58,10 +59,10 @@ async def stop_on_signals() -> None:
 
 async def tell_hypercorn(config: Config, context: WorkerContext) -> None:
     await stop.wait()
-    # Each reply that begins now has "Connection: close". If your clients use HTTP/2, remove this
-    # line: hypercorn 0.18.0 then loses the next request of each HTTP/2 connection.
+    # Each reply that begins now has "Connection: close". With HTTP/2, hypercorn 0.18.0 would lose
+    # the next request of each connection: if your clients use HTTP/2, remove this line.
     config.keep_alive_max_requests = 0
-    # If hypercorn knew of the end at once, it would close connections that were just accepted.
+    # If hypercorn knew of the shutdown now, it would close connections that it has just accepted.
     await trio.sleep(2)
     await context.terminated.set()  # Now it closes connections that are idle.
 

@@ -1,4 +1,4 @@
-"""An echo server. SIGTERM or Ctrl-C stops it gracefully, and a second one at once."""
+"""An echo server. SIGTERM or Ctrl-C stops it gracefully, and a second one immediately."""
 
 import signal
 from functools import partial
@@ -31,7 +31,7 @@ async def main() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_on_signals)
         await serve_gracefully(partial(trio.serve_tcp, echo, 1729), stop)
-        nursery.cancel_scope.cancel()  # It ends `stop_on_signals`, which would wait for ever.
+        nursery.cancel_scope.cancel()  # This ends `stop_on_signals`, which would wait for ever.
 
 
 trio.run(main)

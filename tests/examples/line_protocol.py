@@ -1,7 +1,7 @@
 """A line protocol: a client sends lines, and receives each of them in capitals a second later.
 
-A shutdown answers each line that the server has received. Then it disconnects the client. A client
-that has sent no line has another second to do so.
+Once a shutdown begins, the server answers each line that it has received, then disconnects the
+client. A client that has sent no line has one more second to send one.
 """
 
 import signal
@@ -17,8 +17,8 @@ stop = Shutdown()
 async def serve_lines(stream: trio.SocketStream) -> None:
     received = b""
     while True:
-        with stop.move_on_after(30):  # The client has this time to send a whole line, …
-            while b"\n" not in received and len(received) < 1000:  # … which is not too long.
+        with stop.move_on_after(30):  # The client has 30 seconds to send a whole line.
+            while b"\n" not in received and len(received) < 1000:  # Longer lines are refused.
                 data = await stream.receive_some()
                 if not data:
                     return
@@ -26,10 +26,10 @@ async def serve_lines(stream: trio.SocketStream) -> None:
         line, newline, received = received.partition(b"\n")
         if not newline:
             return
-        await trio.sleep(1)  # The work. It is outside the block, so a shutdown lets it finish.
-        with trio.fail_after(30):  # A client that does not read its replies is an error.
+        await trio.sleep(1)  # The work is outside the block, so a shutdown lets it finish.
+        with trio.fail_after(30):  # It is an error if the client does not read its replies.
             await stream.send_all(line.upper() + b"\n")
-        if stop.begun and not received:  # Otherwise a client that keeps sending delays the end.
+        if stop.begun and not received:  # Otherwise a busy client would delay the end.
             return
 
 

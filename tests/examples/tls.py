@@ -1,4 +1,4 @@
-"""A server over TLS. At a shutdown it answers the clients that wait in the accept queue, too.
+"""A TLS server. On a shutdown, it also answers the clients that wait in the accept queue.
 
 Its first argument is a file with a certificate and its private key.
 """
@@ -24,7 +24,7 @@ async def stop_on_signals() -> None:
 async def main() -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(sys.argv[1])
-    respond = partial(hello_world, delay=1)  # A responder is an async function of bytes.
+    respond = partial(hello_world, delay=1)  # A responder: bytes to bytes.
     handler = partial(serve_connection, respond=respond, shutdown=stop)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_on_signals)

@@ -1,4 +1,4 @@
-"""A TCP server and a Unix socket that stop together. The line "stop" to the socket ends both."""
+"""A TCP server and a server on a Unix socket. Both end when the socket receives "stop"."""
 
 import signal
 from functools import partial
@@ -14,7 +14,7 @@ stop = Shutdown()
 async def admin(stream: trio.SocketStream) -> None:
     with stop.move_on_after(30):
         if (await stream.receive_some()).strip() == b"stop":
-            stop.begin()  # It returns at once, and this handler goes on like all others.
+            stop.begin()  # This returns immediately. This handler goes on, as all others do.
             await stream.send_all(b"stopping\n")
 
 

@@ -1,4 +1,4 @@
-"""The command: it puts the parts together, and sets up the process as a whole."""
+"""The command: it puts the parts together, and sets up signals, limits and the collector."""
 
 import argparse
 import gc
@@ -25,7 +25,7 @@ from trio_server.server import serve_gracefully
 from trio_server.shutdown import Shutdown
 
 BANNER = "Waiting for connection to be established"
-COLLECTOR_THRESHOLDS = (1_000_000, 10, 10)  # 20,000 open connections have fewer objects.
+COLLECTOR_THRESHOLDS = (1_000_000, 10, 10)  # 20,000 open connections need fewer objects than that.
 
 logger: logging.Logger = logging.getLogger("trio_server")
 
@@ -71,7 +71,7 @@ async def run(
     addresses: list[str],
     stop_signals: list[Signals],
 ) -> int:
-    """Serve until a signal ends it; return the exit status."""
+    """Serve until a signal stops the server; return the exit status."""
     shutdown, account = Shutdown(), Account()
     limiter = trio.CapacityLimiter(options.max_concurrent)
     respond: Responder = partial(hello_world, delay=options.delay)
@@ -119,7 +119,7 @@ async def start(
         try:
             listeners += await nursery.start(run_server)
         except OSError as error:
-            # `localhost` is also `::1` in many containers, where IPv6 is switched off.
+            # In many containers, `localhost` is also `::1`, although IPv6 is switched off.
             if error.errno not in NO_SUCH_ADDRESS or (server is servers[-1] and not listeners):
                 raise
             logger.warning("not listening on %s: %s", server.keywords["host"], error.strerror)

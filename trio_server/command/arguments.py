@@ -18,7 +18,7 @@ LONGEST = 1_000_000  # seconds, 11 days
 NUMBERS = (  # option, type, least, most, default, meaning
     ("port", int, 0, 65_535, PORT, "port to listen on; with 0 the kernel chooses one"),
     ("delay", float, 0, LONGEST, DELAY, "simulated work for each request"),
-    ("client-timeout", float, 0.001, LONGEST, CLIENT_TIMEOUT, "limit to send, again to receive"),
+    ("client-timeout", float, 0.001, LONGEST, CLIENT_TIMEOUT, "limit for request, then for reply"),
     ("grace-period", float, 0, LONGEST, GRACE_PERIOD, "limit for requests after a stop signal"),
     ("max-concurrent", int, 1, 1_000_000, math.inf, "most requests to work on at a time"),
 )
@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option("--host", default="localhost", help="name or address to listen on; '' means all")
+    option("--host", default="localhost", help="where to listen; '' means all interfaces")
     for name, kind, least, most, default, meaning in NUMBERS:
         unit = "SECONDS" if kind is float else "N"
         parse = partial(number, kind, least, most)
@@ -59,14 +59,14 @@ def number(kind: type[float], least: float, most: float, text: str) -> float:
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """Return the numeric addresses of a host, each once. A host without one is an `OSError`."""
+    """Return the numeric addresses of a host, each once. Raise `OSError` if it has none."""
     try:
         found = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except UnicodeError as error:  # It cannot be a name: `a..b`, or a label of 64 letters.
         raise socket.gaierror(socket.EAI_NONAME, "not a host name") from error
-    # An IPv6 address may have a zone, as in ``fe80::1%2``, which `getaddrinfo` has split off.
+    # An IPv6 address may have a zone, as in ``fe80::1%2``, which `getaddrinfo` splits off.
     hosts = [f"{ip}%{rest[-1]}" if any(rest) else str(ip) for *_, (ip, _, *rest) in found]
     return list(dict.fromkeys(hosts))  # A hosts file may name an address twice.
 

@@ -1,7 +1,7 @@
 """The log on stderr, which never delays the server.
 
 A reader of stderr may stop reading: a pager, Ctrl-S, a log driver that hangs. A plain handler
-would block at its next line, and with it the server. Here only one thread waits for the reader.
+would block at its next line, and the server with it. Here only one thread waits for the reader.
 """
 
 import logging
@@ -78,7 +78,7 @@ class Log(logging.Handler):
 def write_all(descriptor: int, text: str, patience: float | None = None) -> None:
     """Write text; drop it if nothing reads for ``patience`` seconds, or the disk is full."""
     data = text.encode(errors="backslashreplace")
-    # Not through Python's file object: its lock would block the exit if this thread is stuck.
+    # Python's file object is not used: its lock would block the exit if this thread is stuck.
     with suppress(OSError):
         while data and select.select((), (descriptor,), (), patience)[1]:
             with suppress(BlockingIOError):  # It does not block, and another program was faster.
@@ -106,7 +106,7 @@ class OncePerSecond(logging.Filter):
 
 
 def set_up_logging(level: str) -> logging.Handler:
-    """Log to stderr from a level on. Return the handler, which has to be closed at the end."""
+    """Log to stderr from this level up. Return the handler, which has to be closed at the end."""
     log = logging.NullHandler() if sys.stderr is None else Log()
     logging.basicConfig(handlers=[log], level=level.upper(), format="%(message)s")
     logging.getLogger("trio.serve_listeners").addFilter(OncePerSecond())

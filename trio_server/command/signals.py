@@ -1,4 +1,4 @@
-"""Signals: the first stops the server gracefully, the second at once; SIGUSR1 logs the status."""
+"""Signals: the first one begins the shutdown, a second one ends it; SIGUSR1 logs the status."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from trio_server.command.activation import notify
 from trio_server.shutdown import Shutdown
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ONE_STOP = 0.5  # seconds; two signals within them count as one: `uv run` delivers Ctrl-C twice
+ONE_STOP = 0.5  # seconds; two signals in this time count as one: `uv run` delivers Ctrl-C twice
 
 logger: logging.Logger = logging.getLogger("trio_server")
 
@@ -58,16 +58,16 @@ async def handle(
             shutdown.begin(grace_period)
             logger.info(
                 "%s: shutting down within %g s, requests in flight: %d; "
-                "a second Ctrl-C or SIGTERM (after half a second) stops at once",
+                "a second Ctrl-C or SIGTERM, after half a second, stops immediately",
                 *(name, grace_period, account.in_flight),
             )
         elif trio.current_time() >= begun_at + ONE_STOP:
             shutdown.begin(0)
-            logger.info("%s: stopping at once", name)
+            logger.info("%s: stopping immediately", name)
 
 
 def status(account: Account, limiter: trio.CapacityLimiter) -> str:
-    """Return the present state, and how connections have ended so far, as text."""
+    """Return the current state, and how connections have ended so far, as text."""
     return (
         f"{len(account.open)} open, {account.in_flight} in flight, "
         f"{limiter.statistics().tasks_waiting} waiting for --max-concurrent; {account.totals()}"

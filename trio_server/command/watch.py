@@ -18,7 +18,7 @@ ASCII = str.maketrans("█▌░·─…", "#=.|-~")  # for a locale without the
 
 
 class View:
-    """What the terminal shows of a server."""
+    """The view of a server in the terminal."""
 
     def __init__(self, account: Account, shutdown: Shutdown, delay: float, url: str) -> None:
         self.account, self.shutdown, self.delay, self.url = account, shutdown, delay, url
@@ -69,7 +69,7 @@ class View:
         return [line[: columns - 1] for line in [*lines, *below][:rows]]
 
     def row(self, exchange: Exchange, columns: int, now: float) -> str:
-        """Return the line of one exchange: its client, its request, how far it is."""
+        """Return the line for one exchange: its client, its request, how far it has got."""
         width = max(min(16, columns - 35), 1)  # In a narrow terminal, request and bar shrink.
         start = f"{exchange.peer:21}  {exchange.first_line:{width}.{width}}  "
         if not exchange.request:
