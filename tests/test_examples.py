@@ -159,7 +159,7 @@ def a_second_ctrl_c_ends_echo_at_once(starter: Starter) -> None:
         echo.process.wait_until(echo.refuses_connections)
         echo.process.kill(signal.SIGINT)
         assert echo.process.wait() == 0  # The grace period is longer than this waits.
-    assert "grace period: 1" in echo.process.stderr
+    assert "cancelled by the shutdown: 1" in echo.process.stderr
     assert "Traceback" not in echo.process.stderr
 
 

@@ -1,6 +1,6 @@
 """The accept queue: connections that the kernel has set up but the program has not accepted yet.
 
-Their clients cannot know that no program has seen them yet (listen(2)).
+To its client, such a connection looks like an accepted one: the client can send (listen(2)).
 """
 
 import select
@@ -27,7 +27,7 @@ INSTRUCTIONS = (
 DROP_NEW_CONNECTIONS = array("B", b"".join(struct.pack("HBBI", *one) for one in INSTRUCTIONS))
 
 
-@trio.lowlevel.enable_ki_protection  # Ctrl-C must not leave two owners of one descriptor.
+@trio.lowlevel.enable_ki_protection  # Ctrl-C before `detach` would close the listener twice.
 def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.socket]:
     """Accept up to ``most`` connections from the queue in order, without a checkpoint.
 
@@ -35,7 +35,7 @@ def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.s
     long that a fast client could fill the queue meanwhile.
     """
     accepted: list[socket.socket] = []
-    if any_waiting([listener]):  # This costs a tenth of an `accept` that fails.
+    if any_waiting([listener]):  # A cheap check: an `accept` that fails costs ten times as much.
         plain = socket.socket(listener.family, listener.type, listener.proto, listener.fileno())
         plain.settimeout(0)  # whatever `socket.setdefaulttimeout` says
         with suppress(OSError):  # The queue is empty, or Trio's next `accept` meets the error.

@@ -60,7 +60,7 @@ class Account:
     """The connections of one server, or of several. Pass it to `serve_connection`."""
 
     def __init__(self) -> None:
-        self.open: dict[Exchange, None] = {}  # oldest first; the values mean nothing
+        self.open: dict[Exchange, None] = {}  # an ordered set, oldest first
         self.ended: deque[Exchange] = deque(maxlen=50)  # the last ones, oldest first
         self.outcomes: Counter[Outcome] = Counter()  # how many exchanges ended in each way
 

@@ -46,7 +46,7 @@ async def serve_connection(
     check_seconds("client_timeout", client_timeout)
     shutdown = Shutdown() if shutdown is None else shutdown
     account = Account() if account is None else account
-    # Close only the transport of TLS: TLS itself would first wait for the client's handshake.
+    # A TLS stream wraps a TCP stream, its transport. Closing that is enough, and cannot wait.
     transport: Any = getattr(stream, "transport_stream", stream)
     exchange = account.begin(peer_name(transport))
     async with transport:
@@ -64,7 +64,7 @@ async def serve_connection(
             if error.__cause__:  # On Python 3.12 and 3.13, a reference cycle would keep the cause,
                 error.__cause__.__traceback__ = None  # and with it the request and the reply.
         finally:
-            # A client is cut off only if it has sent a request, which may not have been read yet.
+            # Cancelled while it waited for a request: without one in the kernel, none is cut off.
             if exchange.outcome is Outcome.CUT_OFF and not exchange.request:
                 is_socket = isinstance(transport, trio.SocketStream)
                 if is_socket and not any_waiting([transport.socket]):
@@ -78,7 +78,7 @@ async def _answer(
 ) -> None:
     """Make the reply, send it, half-close and drain."""
     try:
-        reply = memoryview(await respond(exchange.request)).cast("B")  # A `str` is a `TypeError`.
+        reply = memoryview(await respond(exchange.request)).cast("B")  # else `TypeError`
     except Exception:
         exchange.outcome = Outcome.FAILED
         logger.exception("%s: the responder failed", exchange.peer)

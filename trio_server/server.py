@@ -94,6 +94,7 @@ class _Acceptor:
     """Accepts connections, and starts their handlers.
 
     It is what Trio's servers get as their nursery: "any object with a ``start_soon`` method".
+    `run` has the steps of a shutdown. What follows `start_soon` makes accepting fast.
     """
 
     handlers: trio.Nursery
@@ -119,8 +120,8 @@ class _Acceptor:
             if not self.shared:
                 await self._empty_queues(sockets)
             # Close without an `await` after the last check, so that no connection can slip in. An
-            # accept loop that was about to run gets a `ClosedResourceError` from its socket. Then
-            # it calls `SocketListener.aclose`, whose checkpoint replaces that with `Cancelled`.
+            # accept loop that was about to run gets a `ClosedResourceError` from its socket. It
+            # does no harm: the checkpoint in `SocketListener.aclose` raises `Cancelled` instead.
             accept_loops.cancel_scope.cancel()
             for one in sockets:
                 one.close()
@@ -161,8 +162,8 @@ class _Acceptor:
             self.handlers.start_soon(self._start_next_batch, handler)
 
     async def _start_next_batch(self, handler: Handler) -> None:
-        # A task begins in the next scheduler pass. It begins even if the server is cancelled, so
-        # each stream gets a handler, and is closed.
+        # Trio runs all tasks that are ready, a pass, and then asks the kernel for events. This
+        # task begins in the next pass, even if it is cancelled. So each stream is closed.
         self._start_batch(handler)
 
     async def _run_handler(self, handler: Handler, stream: trio.abc.AsyncResource) -> None:

@@ -1,10 +1,8 @@
 """Graceful shutdown: idle clients get one more second, requests in flight get the grace period."""
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import trio
@@ -73,37 +71,35 @@ class Shutdown:
         scope is true. At the end of the grace period, the whole handler is cancelled.
         """
         check_seconds("seconds", seconds)
-        return _Scope(self._scopes, self._idle_time, partial(self._deadline, seconds))
+        return _Scope(self, seconds, self._idle_time)
 
     def grace_scope(self) -> AbstractContextManager[trio.CancelScope]:
         """Cancel the block at the end of the grace period, as `serve_gracefully` does."""
-        return _Scope(self._scopes, math.inf, partial(self._deadline, math.inf))
-
-    def _deadline(self, seconds: float, seconds_left: float) -> float:
-        limit = min(seconds, seconds_left) if self.begun else seconds
-        return min(trio.current_time() + limit, self._grace_ends)
+        return _Scope(self, math.inf, math.inf)
 
 
 @dataclass
 class _Scope(AbstractContextManager[trio.CancelScope]):
-    """A cancel scope that a shutdown can find.
+    """A cancel scope that a shutdown shortens.
 
-    `contextlib.contextmanager` would be shorter. But on Python 3.12 and 3.13, a `Cancelled` that
-    leaves its block is in a reference cycle, which keeps the variables of the handler in memory.
+    `contextlib.contextmanager` would be shorter. But on Python 3.12 and 3.13 it would keep the
+    variables of a handler in memory after a wait that was cancelled, in a reference cycle.
     """
 
-    scopes: dict[trio.CancelScope, float]
-    seconds_left: float
-    deadline: Callable[[float], float]
+    shutdown: Shutdown
+    seconds: float  # from entering the block on
+    seconds_left: float  # from the beginning of the shutdown on
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     def __enter__(self) -> trio.CancelScope:
-        self.scope.deadline = self.deadline(self.seconds_left)
-        self.scopes[self.scope] = self.seconds_left
+        begun, grace_ends = self.shutdown.begun, self.shutdown.grace_ends
+        limit = min(self.seconds, self.seconds_left) if begun else self.seconds
+        self.scope.deadline = min(trio.current_time() + limit, grace_ends)
+        self.shutdown._scopes[self.scope] = self.seconds_left  # noqa: SLF001 - for `begin`
         return self.scope.__enter__()
 
     def __exit__(self, *error: Any) -> bool:  # noqa: ANN401, PYI036 - they are passed on
-        del self.scopes[self.scope]
+        del self.shutdown._scopes[self.scope]  # noqa: SLF001
         return self.scope.__exit__(*error)
 
 
