@@ -167,7 +167,7 @@ def free_port(host: str) -> int:
 
 
 def file_limit(number: int, *, soft: bool = False) -> tuple[str, ...]:
-    """Begin a command line whose rest runs with a limit of open files."""
+    """Begin a command line whose rest runs with a limit on open files."""
     return ("sh", "-c", f'ulimit {"-S " if soft else ""}-n {number}; exec "$@"', "sh")
 
 

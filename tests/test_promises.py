@@ -133,7 +133,7 @@ def test_systemd_starts_it_on_the_first_connection_and_loses_nothing(start: Star
 def test_the_file_limit_is_raised_and_said(serve: Start) -> None:
     process = serve("--log-level", "debug", prefix=file_limit(100, soft=True))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    process.wait_for_log(f"limit of open files: was 100, is {hard}\n")
+    process.wait_for_log(f"limit on open files: was 100, is {hard}\n")
     limits = Path(f"/proc/{process.popen.pid}/limits").read_text()
     assert re.search(rf"Max open files\s+{hard}\s+{hard}\s", limits)
 

@@ -30,8 +30,8 @@ async def serve_connection(
 
     Args:
         stream: The client's stream: TCP, TLS, a Unix socket or in memory. It is closed before this
-            returns. Over TLS, a client that still sends when it gets the reply may lose the reply.
-        respond: Async function from request to reply, both `bytes`, without a time limit. The
+            returns. Over TLS, a client that is still sending when it gets the reply may lose it.
+        respond: Async function from request to reply, both `bytes`; it has no time limit. The
             request is what a single `receive_some` returned: 1 to 1,024 bytes, perhaps only the
             beginning of what the client sent. If the responder raises an exception, that is
             logged, and the client gets no reply.
@@ -46,7 +46,7 @@ async def serve_connection(
     check_seconds("client_timeout", client_timeout)
     shutdown = Shutdown() if shutdown is None else shutdown
     account = Account() if account is None else account
-    # A TLS stream wraps a TCP stream, its transport. Closing that is enough, and cannot wait.
+    # A TLS stream wraps a TCP stream, its transport. Closing that is enough, and never blocks.
     transport: Any = getattr(stream, "transport_stream", stream)
     exchange = account.begin(peer_name(transport))
     async with transport:
@@ -64,7 +64,7 @@ async def serve_connection(
             if error.__cause__:  # On Python 3.12 and 3.13, a reference cycle would keep the cause,
                 error.__cause__.__traceback__ = None  # and with it the request and the reply.
         finally:
-            # Cancelled while it waited for a request: without one in the kernel, none is cut off.
+            # Cancelled during the wait for a request: if none has arrived, none is cut off.
             if exchange.outcome is Outcome.CUT_OFF and not exchange.request:
                 is_socket = isinstance(transport, trio.SocketStream)
                 if is_socket and not any_waiting([transport.socket]):
@@ -99,7 +99,7 @@ async def _answer(
             limit.deadline = min(trio.current_time() + DRAIN_SILENCE, latest)
             while await stream.receive_some():
                 limit.deadline = min(trio.current_time() + DRAIN_SILENCE, latest)
-        else:  # TLS cannot half-close. So a client that still sends may lose the reply.
+        else:  # TLS cannot half-close. So a client that is still sending may lose the reply.
             await stream.aclose()
     if exchange.outcome is not Outcome.ANSWERED:  # The client did not receive the reply in time.
         exchange.outcome = Outcome.TIMED_OUT

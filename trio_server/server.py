@@ -52,7 +52,7 @@ async def serve_gracefully(
     may reset their connections. The server waits for a handler that is shielded from cancellation.
 
     Two kinds of handlers go on until the grace period ends. The first waits for its client outside
-    `Shutdown.move_on_after`: end it about 2 s after `Shutdown.wait` returns, when no new
+    `Shutdown.move_on_after`: end it about 2 s after `Shutdown.wait` returns; by then no new
     connections arrive. The second has a client that keeps sending: end its loop when
     `Shutdown.begun` is true.
 
@@ -162,7 +162,7 @@ class _Acceptor:
             self.handlers.start_soon(self._start_next_batch, handler)
 
     async def _start_next_batch(self, handler: Handler) -> None:
-        # Trio runs all tasks that are ready, a pass, and then asks the kernel for events. This
+        # In one pass, Trio runs all tasks that are ready; then it asks the kernel for events. This
         # task begins in the next pass, even if it is cancelled. So each stream is closed.
         self._start_batch(handler)
 

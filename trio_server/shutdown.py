@@ -49,7 +49,7 @@ class Shutdown:
         For a signal, use `trio.open_signal_receiver`: a handler of `signal.signal` must not call
         this. In another thread, this raises `RuntimeError`. Call it there with
         ``trio.from_thread.run_sync(stop.begin)`` if Trio has started the thread, otherwise with
-        ``token.run_sync_soon(stop.begin)`` and a token of `trio.lowlevel.current_trio_token`.
+        ``token.run_sync_soon(stop.begin)`` and a token from `trio.lowlevel.current_trio_token`.
         """
         check_seconds("grace_period", grace_period)
         try:
@@ -57,7 +57,7 @@ class Shutdown:
         except RuntimeError:
             raise RuntimeError(
                 "begin was called outside Trio's thread: use trio.from_thread.run_sync(begin), or "
-                "token.run_sync_soon(begin) with a token of trio.lowlevel.current_trio_token()"
+                "token.run_sync_soon(begin) with a token from trio.lowlevel.current_trio_token()"
             ) from None
         self._grace_ends = min(self._grace_ends, now + grace_period)
         self._begun.set()
@@ -87,8 +87,8 @@ class _Scope(AbstractContextManager[trio.CancelScope]):
     """
 
     shutdown: Shutdown
-    seconds: float  # from entering the block on
-    seconds_left: float  # from the beginning of the shutdown on
+    seconds: float  # counted from entering the block
+    seconds_left: float  # counted from the beginning of the shutdown
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     def __enter__(self) -> trio.CancelScope:

@@ -100,7 +100,7 @@ UVICORN = "uvicorn"
 
 
 def raise_file_limit() -> int:
-    """Raise the limit of open files for all that this process starts; return it.
+    """Raise the limit on open files for all that this process starts; return it.
 
     With the usual limit of 1,024 the plain servers would fail. That would be unfair, as ours
     raises the limit itself.

@@ -1,8 +1,8 @@
-"""An ASGI application with lifespan, served by hypercorn's code for a single connection.
+"""An ASGI application with lifespan. hypercorn's code serves each connection.
 
 What a client gets when the server receives SIGTERM:
 
-* A request in flight is answered in full within 30 seconds, even if its reply is a stream. If the
+* A request in flight has 30 seconds to be answered in full, even if its reply is a stream. If the
   reply has not begun yet, it has the header field "Connection: close", so a keep-alive client
   sends no further request.
 * A reply that has begun cannot have this field. If such a reply lasts for more than 2 seconds
@@ -33,7 +33,7 @@ stop = Shutdown()
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    # Your application goes here: one of Quart, Starlette or FastAPI, or a function like this one.
+    # Your application goes here: a Quart, Starlette or FastAPI app, or a function like this one.
     if scope["type"] == "lifespan":
         for event in ("startup", "shutdown"):
             await receive()

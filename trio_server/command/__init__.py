@@ -51,11 +51,11 @@ def main() -> int:
 
 
 def raise_file_limit() -> None:
-    """Raise the limit of open files as far as the system allows: each connection is one."""
+    """Raise the limit on open files as far as the system allows: each connection is one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # macOS may refuse its own hard limit.
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        logger.debug("limit of open files: was %d, is %d", soft, hard)
+        logger.debug("limit on open files: was %d, is %d", soft, hard)
 
 
 def tune_collector() -> None:
@@ -112,7 +112,7 @@ async def limited(limiter: trio.CapacityLimiter, respond: Responder, request: by
 async def start(
     servers: list[partial[Any]], shutdown: Shutdown, nursery: trio.Nursery, *, shared: bool
 ) -> list[trio.SocketListener]:
-    """Start a server on each address that this machine has. Without one, raise the `OSError`."""
+    """Start a server on each address that this machine has. If it has none, raise `OSError`."""
     listeners: list[trio.SocketListener] = []
     for server in servers:
         run_server = partial(serve_gracefully, server, shutdown, shared=shared)

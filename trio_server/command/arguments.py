@@ -20,7 +20,7 @@ NUMBERS = (  # option, type, least, most, default, meaning
     ("delay", float, 0, LONGEST, DELAY, "simulated work for each request"),
     ("client-timeout", float, 0.001, LONGEST, CLIENT_TIMEOUT, "limit for request, then for reply"),
     ("grace-period", float, 0, LONGEST, GRACE_PERIOD, "limit for requests after a stop signal"),
-    ("max-concurrent", int, 1, 1_000_000, math.inf, "most requests to work on at a time"),
+    ("max-concurrent", int, 1, 1_000_000, math.inf, "at most this many requests at a time"),
 )
 NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # on this machine: bind(2)
 

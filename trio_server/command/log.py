@@ -72,7 +72,7 @@ class Log(logging.Handler):
                 counted += number
                 text = f"{number} lines of this log were dropped: nothing read them"
                 record = logging.makeLogRecord({"msg": text, "levelname": "WARNING"})
-                self._lines.put(self.format(record))  # at any level, and although it is full
+                self._lines.put(self.format(record))  # at any level, even if the buffer is full
 
 
 def write_all(descriptor: int, text: str, patience: float | None = None) -> None:
@@ -81,7 +81,7 @@ def write_all(descriptor: int, text: str, patience: float | None = None) -> None
     # Python's file object is not used: its lock would block the exit if this thread is stuck.
     with suppress(OSError):
         while data and select.select((), (descriptor,), (), patience)[1]:
-            with suppress(BlockingIOError):  # It does not block, and another program was faster.
+            with suppress(BlockingIOError):  # It is non-blocking, and another writer filled it.
                 data = data[os.write(descriptor, data) :]
 
 

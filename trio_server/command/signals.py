@@ -19,9 +19,9 @@ logger: logging.Logger = logging.getLogger("trio_server")
 
 
 def exit_on_stop_signals() -> list[signal.Signals]:
-    """Let each stop signal that is not ignored (`nohup`) end the process; return these signals.
+    """Let stop signals end the process, unless ignored as under `nohup`; return those that do.
 
-    Process 1 of a container needs the handlers: without, the kernel ignores the signals.
+    Process 1 of a container needs the handlers: without them, the kernel ignores the signals.
     """
     stop_signals = [one for one in STOP_SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
     for one in stop_signals:
@@ -58,7 +58,7 @@ async def handle(
             shutdown.begin(grace_period)
             logger.info(
                 "%s: shutting down within %g s, requests in flight: %d; "
-                "a second Ctrl-C or SIGTERM, after half a second, stops immediately",
+                "another Ctrl-C or SIGTERM, at least half a second later, stops immediately",
                 *(name, grace_period, account.in_flight),
             )
         elif trio.current_time() >= begun_at + ONE_STOP:

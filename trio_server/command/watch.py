@@ -27,7 +27,7 @@ class View:
 
     async def show(self) -> None:
         """Draw until cancelled, then leave the terminal as it was, and log the warnings again."""
-        one = trio.CapacityLimiter(1)  # The writes keep their order, also if one is abandoned.
+        one = trio.CapacityLimiter(1)  # The writes keep their order, even if one is abandoned.
         in_thread = partial(trio.to_thread.run_sync, abandon_on_cancel=True, limiter=one)
         log, shared = logging.root.handlers, os.path.sameopenfile(1, 2)  # noqa: ASYNC240
         self.warnings.setTarget(log[0] if shared else logging.NullHandler())
@@ -38,7 +38,7 @@ class View:
                 await in_thread(write_all, 1, ENTER)
                 while True:
                     text = frame(self.draw(*shutil.get_terminal_size(), trio.current_time()))
-                    await in_thread(write_all, 1, text)  # No lock: before this, no other task ran.
+                    await in_thread(write_all, 1, text)  # No lock: drawing has no checkpoint.
                     await trio.sleep(0.1)
             finally:
                 with trio.CancelScope(deadline=trio.current_time() + LAST_SECOND, shield=True):
