@@ -27,7 +27,7 @@ INSTRUCTIONS = (
 DROP_NEW_CONNECTIONS = array("B", b"".join(struct.pack("HBBI", *one) for one in INSTRUCTIONS))
 
 
-@trio.lowlevel.enable_ki_protection  # Ctrl-C before `detach` would close the listener twice.
+@trio.lowlevel.enable_ki_protection  # A Ctrl-C before `detach` would let two objects close it.
 def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.socket]:
     """Accept up to ``most`` connections from the queue in order, without a checkpoint.
 

@@ -51,9 +51,9 @@ async def serve_gracefully(
     connection, not the server. A `trio.BrokenResourceError` is one line at INFO, because clients
     may reset their connections. The server waits for a handler that is shielded from cancellation.
 
-    Two kinds of handlers go on until the grace period ends. The first waits for its client outside
-    `Shutdown.move_on_after`: end it about 2 s after `Shutdown.wait` returns; by then no new
-    connections arrive. The second has a client that keeps sending: end its loop when
+    Two kinds of handlers may use up the whole grace period. One waits for its client outside
+    `Shutdown.move_on_after`: tell it to finish, 2 s after `Shutdown.wait` has returned. By then no
+    new connections arrive. The other has a client that keeps sending: end its loop when
     `Shutdown.begun` is true.
 
     A TLS connection ends without a TLS goodbye (close_notify), unless the handler calls ``aclose``
@@ -94,7 +94,7 @@ class _Acceptor:
     """Accepts connections, and starts their handlers.
 
     It is what Trio's servers get as their nursery: "any object with a ``start_soon`` method".
-    `run` has the steps of a shutdown. What follows `start_soon` makes accepting fast.
+    `run` has the steps of a shutdown. `start_soon` and the batches make accepting fast.
     """
 
     handlers: trio.Nursery
@@ -119,9 +119,9 @@ class _Acceptor:
             sockets = [one.socket for one in transports if isinstance(one, trio.SocketListener)]
             if not self.shared:
                 await self._empty_queues(sockets)
-            # Close without an `await` after the last check, so that no connection can slip in. An
-            # accept loop that was about to run gets a `ClosedResourceError` from its socket. It
-            # does no harm: the checkpoint in `SocketListener.aclose` raises `Cancelled` instead.
+            # No `await` between the last check and the close, so no connection can slip in. An
+            # accept loop that was about to run finds its socket closed: a `ClosedResourceError`.
+            # Then it calls `aclose`, whose checkpoint raises `Cancelled`. That replaces the error.
             accept_loops.cancel_scope.cancel()
             for one in sockets:
                 one.close()
@@ -139,8 +139,8 @@ class _Acceptor:
         """Accept all connections in the accept queue, then start the handlers in batches.
 
         While the queue is full, each new client waits for a second. So accepting comes first, and
-        10,000 clients at once do not fill the queue. The function that Trio passes is not used: it
-        closes the stream a second time, which costs 30 microseconds.
+        10,000 clients at once do not fill the queue. Trio passes a function that runs the handler
+        and closes the stream. It is not used: closing twice costs 30 microseconds.
         """
         self.last_accept = trio.current_time()
         starting = bool(self.accepted)

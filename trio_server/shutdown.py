@@ -15,8 +15,8 @@ class Shutdown:
     """The graceful shutdown of one server, or of several that stop together.
 
     ``idle_time`` is the number of seconds that a wait in `move_on_after` may still take once the
-    shutdown has begun. With 0, a request that has arrived may stay unread. A negative number or
-    nan raises `ValueError`, here and in the methods.
+    shutdown has begun. With 0, even a request that has arrived may stay unread. A negative number
+    or nan raises `ValueError`, here and in the methods.
     """
 
     def __init__(self, idle_time: float = IDLE_TIME) -> None:
@@ -48,8 +48,9 @@ class Shutdown:
 
         For a signal, use `trio.open_signal_receiver`: a handler of `signal.signal` must not call
         this. In another thread, this raises `RuntimeError`. Call it there with
-        ``trio.from_thread.run_sync(stop.begin)`` if Trio has started the thread, otherwise with
-        ``token.run_sync_soon(stop.begin)`` and a token from `trio.lowlevel.current_trio_token`.
+        ``trio.from_thread.run_sync(stop.begin)`` if Trio has started the thread. Otherwise take a
+        ``token`` from `trio.lowlevel.current_trio_token` in Trio's thread first, and call
+        ``token.run_sync_soon(stop.begin)`` in yours.
         """
         check_seconds("grace_period", grace_period)
         try:

@@ -17,13 +17,13 @@ async def shout(request: bytes) -> bytes:  # the responder
 
 async def test_the_responder_works_for_four_seconds(autojump_clock: MockClock) -> None:
     assert await shout(b"hello") == b"HELLO"
-    assert trio.current_time() == 4  # The mock clock starts at 0, and jumps over each sleep.
+    assert trio.current_time() == 4  # The argument installs a clock that jumps over each sleep.
 
 
 async def test_the_handler_answers(autojump_clock: MockClock) -> None:
     client, server = memory_stream_pair()
     await client.send_all(b"hello")
-    await client.send_eof()
+    await client.send_eof()  # Otherwise the server drains for 2 more seconds.
     assert await serve_connection(server, shout) is Outcome.ANSWERED
     assert await client.receive_some() == b"HELLO"
 
