@@ -113,6 +113,7 @@ async def test_waits_that_are_over_are_forgotten(autojump_clock: MockClock) -> N
 async def test_a_wait_whose_time_ran_out_keeps_nothing_in_memory(
     autojump_clock: MockClock, no_collector: None
 ) -> None:
+    # On Python 3.12 and 3.13, `contextlib.contextmanager` would fail this test.
     kept = []
 
     async def handler() -> None:
@@ -144,6 +145,46 @@ async def test_tasks_that_wait_for_the_shutdown_go_on_when_it_begins(
     await wait_all_tasks_blocked()
     assert began == [trio.current_time()]
     await shutdown.wait()
+
+
+async def test_a_wait_is_entered_and_left_without_an_interruption_by_ctrl_c() -> None:
+    class Recorder(dict[trio.CancelScope, float]):
+        def __setitem__(self, scope: trio.CancelScope, seconds: float) -> None:
+            protected.append(trio.lowlevel.currently_ki_protected())
+            super().__setitem__(scope, seconds)
+
+        def __delitem__(self, scope: trio.CancelScope) -> None:
+            protected.append(trio.lowlevel.currently_ki_protected())
+            super().__delitem__(scope)
+
+    protected: list[bool] = []
+    shutdown = Shutdown()
+    shutdown._scopes = Recorder()  # noqa: SLF001 - it is called in both methods
+    with shutdown.move_on_after(1):
+        assert not trio.lowlevel.currently_ki_protected()
+    assert protected == [True, True]
+
+
+async def test_a_wait_cannot_be_entered_twice() -> None:
+    shutdown = Shutdown()
+    wait = shutdown.move_on_after(1)
+    with wait:
+        pass
+    with pytest.raises(RuntimeError), wait:
+        pass
+    assert not shutdown._scopes  # noqa: SLF001 - a leak shows nowhere else
+
+
+async def work(shutdown: Shutdown) -> bool:  # type: ignore[return] # mypy knows that time may run out
+    with shutdown.move_on_after(1):
+        await trio.sleep_forever()
+        return True
+
+
+async def test_after_a_wait_whose_time_ran_out_the_program_goes_on(
+    autojump_clock: MockClock,
+) -> None:
+    assert await work(Shutdown()) is None
 
 
 async def test_a_time_that_is_too_long_begins_nothing() -> None:

@@ -65,7 +65,7 @@ class Shutdown:
         for scope, seconds_left in self._scopes.items():
             scope.deadline = min(scope.deadline, now + seconds_left, self._grace_ends)
 
-    def move_on_after(self, seconds: float) -> AbstractContextManager[trio.CancelScope]:
+    def move_on_after(self, seconds: float) -> AbstractContextManager[trio.CancelScope, bool]:
         """Limit a wait for a client to ``seconds``, as `trio.move_on_after` does.
 
         A shutdown shortens it to the idle time. If the time ran out, ``cancelled_caught`` of the
@@ -74,13 +74,13 @@ class Shutdown:
         check_seconds("seconds", seconds)
         return _Scope(self, seconds, self._idle_time)
 
-    def grace_scope(self) -> AbstractContextManager[trio.CancelScope]:
+    def grace_scope(self) -> AbstractContextManager[trio.CancelScope, bool]:
         """Cancel the block at the end of the grace period, as `serve_gracefully` does."""
         return _Scope(self, math.inf, math.inf)
 
 
 @dataclass
-class _Scope(AbstractContextManager[trio.CancelScope]):
+class _Scope(AbstractContextManager[trio.CancelScope, bool]):
     """A cancel scope that a shutdown shortens.
 
     `contextlib.contextmanager` would be shorter. But on Python 3.12 and 3.13 it would keep the
@@ -92,13 +92,16 @@ class _Scope(AbstractContextManager[trio.CancelScope]):
     seconds_left: float  # counted from the beginning of the shutdown
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
+    @trio.lowlevel.enable_ki_protection  # as Trio's own, so that Ctrl-C leaves no scope open
     def __enter__(self) -> trio.CancelScope:
         begun, grace_ends = self.shutdown.begun, self.shutdown.grace_ends
         limit = min(self.seconds, self.seconds_left) if begun else self.seconds
         self.scope.deadline = min(trio.current_time() + limit, grace_ends)
+        self.scope.__enter__()
         self.shutdown._scopes[self.scope] = self.seconds_left  # noqa: SLF001 - for `begin`
-        return self.scope.__enter__()
+        return self.scope
 
+    @trio.lowlevel.enable_ki_protection
     def __exit__(self, *error: Any) -> bool:  # noqa: ANN401, PYI036 - they are passed on
         del self.shutdown._scopes[self.scope]  # noqa: SLF001
         return self.scope.__exit__(*error)
