@@ -9,7 +9,6 @@ import pytest
 import trio
 from streams import RESET_ON_CLOSE, queued
 
-from trio_server import accept_queue
 from trio_server.accept_queue import (
     INSTRUCTIONS,
     SO_ATTACH_FILTER,
@@ -72,20 +71,6 @@ async def test_a_default_timeout_of_sockets_does_not_block_the_program(
     finally:
         socket.setdefaulttimeout(None)
     assert trio.current_time() - before < 20
-
-
-async def test_ctrl_c_cannot_leave_two_owners_of_the_descriptor(
-    listener: trio.socket.SocketType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    protected = []
-
-    def check(_: object) -> bool:
-        protected.append(trio.lowlevel.currently_ki_protected())
-        return False
-
-    monkeypatch.setattr(accept_queue, "any_waiting", check)
-    assert accept(listener, 1) == []
-    assert protected == [True]
 
 
 async def test_a_connection_that_was_reset_in_the_queue_is_accepted(

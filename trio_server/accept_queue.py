@@ -3,6 +3,7 @@
 To its client, such a connection looks like an accepted one: the client can send (listen(2)).
 """
 
+import os
 import select
 import socket
 import struct
@@ -27,7 +28,6 @@ INSTRUCTIONS = (
 DROP_NEW_CONNECTIONS = array("B", b"".join(struct.pack("HBBI", *one) for one in INSTRUCTIONS))
 
 
-@trio.lowlevel.enable_ki_protection  # A Ctrl-C before `detach` would let two objects close it.
 def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.socket]:
     """Accept up to ``most`` connections from the queue in order, without a checkpoint.
 
@@ -36,12 +36,14 @@ def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.s
     """
     accepted: list[socket.socket] = []
     if any_waiting([listener]):  # A cheap check: an `accept` that fails costs ten times as much.
-        plain = socket.socket(listener.family, listener.type, listener.proto, listener.fileno())
-        plain.settimeout(0)  # whatever `socket.setdefaulttimeout` says
-        with suppress(OSError):  # The queue is empty, or Trio's next `accept` meets the error.
+        kind = (listener.family, listener.type, listener.proto)
+        with (
+            suppress(OSError),  # The queue is empty, or Trio's next `accept` meets the error.
+            socket.socket(*kind, fileno=os.dup(listener.fileno())) as duplicate,
+        ):
+            duplicate.settimeout(0)  # whatever `socket.setdefaulttimeout` says
             while len(accepted) < most:
-                accepted.append(plain.accept()[0])
-        plain.detach()
+                accepted.append(duplicate.accept()[0])
     return accepted
 
 
