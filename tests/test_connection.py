@@ -174,6 +174,7 @@ async def test_a_silent_client_is_disconnected_after_the_client_timeout(
 async def test_a_client_that_closes_before_a_request_has_sent_nothing(
     nursery: trio.Nursery, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, logger="trio_server")
     client, server = memory_stream_pair()
     trial = Trial(nursery, server, hello_world)
     await client.aclose()

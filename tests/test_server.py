@@ -10,6 +10,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -720,22 +721,20 @@ async def test_a_shared_queue_and_its_options_are_left_to_the_next_server() -> N
         assert server.account.outcomes == {Outcome.ANSWERED: 20}
 
 
-async def test_what_was_accepted_last_is_served_although_its_accept_loop_is_cancelled(
-    jumping_clock: MockClock,
-) -> None:
-    for passes in range(5):
-        server = Server(shared=True)
-        async with trio.open_nursery() as nursery:
-            await server.start(nursery)
-            with queued(server.address, 1, b"hi") as [client]:
-                for _ in range(passes):
-                    await trio.lowlevel.checkpoint()
-                is_in_the_queue = any_waiting([server.listeners[0].socket])
-                server.shutdown.begin()
-                try:
-                    assert await replies_of([client]) == [REPLY]
-                except trio.BrokenResourceError:
-                    assert is_in_the_queue
+async def test_what_was_accepted_last_is_served_although_its_accept_loop_is_cancelled() -> None:
+    class Listener(WrappedListener):
+        async def accept(self) -> trio.SocketStream:
+            stream = await super().accept()
+            server.shutdown.begin()
+            with trio.CancelScope(shield=True):
+                await until(lambda: not server.is_listening)
+            return stream
+
+    server = Server(shared=True)
+    async with trio.open_nursery() as nursery:
+        await server.start(nursery, Listener(await plain_listener()))
+        assert await server.ask() == REPLY
+    assert server.account.outcomes == {Outcome.ANSWERED: 1}
 
 
 async def test_a_late_request_of_a_connected_client_is_answered_within_the_idle_time(
@@ -907,6 +906,32 @@ async def test_an_error_of_a_server_that_is_cancelled_is_raised_as_in_trio(
     assert not caplog.messages
 
 
+async def test_an_error_that_comes_with_the_end_of_the_grace_period_is_raised_plain(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken(MemoryListener):
+        async def aclose(self) -> None:
+            await super().aclose()
+            raise OSError("boom")
+
+    async def work(_: trio.abc.Stream) -> None:
+        await trio.sleep_forever()
+
+    shutdown, broken = Shutdown(), Broken()
+    client = broken.connect()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(begin_when_blocked, shutdown)
+        with pytest.raises(OSError, match="boom"):
+            await serve_gracefully(partial(trio.serve_listeners, work, [broken]), shutdown)
+    assert caplog.messages == ["handlers cancelled by the shutdown: 1"]
+    await client.aclose()
+
+
+async def begin_when_blocked(shutdown: Shutdown) -> None:
+    await wait_all_tasks_blocked()
+    shutdown.begin(0)
+
+
 async def test_when_an_author_closes_a_listener_what_is_in_flight_is_answered() -> None:
     server = Server()
     with pytest.RaisesGroup(trio.ClosedResourceError):
@@ -1021,6 +1046,20 @@ async def test_a_reset_that_leaves_a_handler_is_one_line_with_the_address_of_the
     start = f"{host}:{port}: the handler ended: BrokenResourceError('socket connection broken"
     assert record.getMessage().startswith(start)
     assert ("Traceback" in caplog.text) == (level == "DEBUG")
+
+
+async def test_a_handler_that_a_broken_connection_ended_keeps_nothing_in_memory(
+    autojump_clock: MockClock, no_collector: None
+) -> None:
+    kept = []
+
+    async def handler(_: trio.abc.Stream) -> None:
+        local = trio.Event()
+        kept.append(weakref.ref(local))
+        raise trio.BrokenResourceError("broken")
+
+    await Trial(handler).run()
+    assert [one() for one in kept] == [None]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])

@@ -70,17 +70,20 @@ async def serve_gracefully(
         example = "partial(trio.serve_tcp, handler, 1729)"
         raise TypeError(f"server must be like {example}: {error}") from None
     failure: Exception | None = None
-    with shutdown.grace_scope():
-        async with trio.open_nursery() as nursery:
-            acceptor = _Acceptor(nursery, shared)
-            try:
-                await acceptor.run(server, shutdown, task_status)
-            except Exception as error:  # noqa: BLE001 - it is raised below
-                failure = _unwrapped(error)
-                if acceptor.listeners:
-                    logger.error("accepting failed, so the server shuts down: %r", failure)  # noqa: TRY400 - raised below
-                    if not shutdown.begun:
-                        shutdown.begin()
+    try:
+        with shutdown.grace_scope():
+            async with trio.open_nursery() as nursery:
+                acceptor = _Acceptor(nursery, shared)
+                try:
+                    await acceptor.run(server, shutdown, task_status)
+                except Exception as error:  # noqa: BLE001 - it is raised below
+                    failure = _unwrapped(error)
+                    if acceptor.listeners:
+                        logger.error("accepting failed, so the server shuts down: %r", failure)  # noqa: TRY400 - raised below
+                        if not shutdown.begun:
+                            shutdown.begin()
+    except Exception as error:  # noqa: BLE001 - accepting failed when the grace period ended
+        failure = _unwrapped(error)
     if acceptor.cancelled:
         logger.warning("handlers cancelled by the shutdown: %d", acceptor.cancelled)
     if failure is not None:
@@ -173,9 +176,10 @@ class _Acceptor:
         try:
             await handler(stream)
         except* trio.BrokenResourceError as group:
-            error = _unwrapped(group)
-            details = error if logger.isEnabledFor(logging.DEBUG) else None
-            logger.info("%s: the handler ended: %r", peer, error, exc_info=details)
+            # Its traceback has this frame, so a variable with the error would make a cycle.
+            debug = logger.isEnabledFor(logging.DEBUG)
+            message = f"{peer}: the handler ended: {_unwrapped(group)!r}"
+            logger.info("%s", message, exc_info=_unwrapped(group) if debug else None)
         except* Exception as group:
             logger.error("%s: the handler failed", peer, exc_info=_unwrapped(group))  # noqa: TRY400
         except* trio.Cancelled:
