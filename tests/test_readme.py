@@ -3,6 +3,8 @@
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,6 +58,15 @@ def test_the_second_program_echoes_and_stops(tmp_path: Path) -> None:
         assert process.stderr == ""
     finally:
         process.popen.kill()
+
+
+def test_the_program_of_the_tour_prints_what_it_says() -> None:
+    found = re.search(r"^```python\n(.*?)^```$", TOUR, re.MULTILINE | re.DOTALL)
+    assert found
+    jumping = "trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))"
+    text = "import trio.testing\n" + found[1].replace("trio.run(main)", jumping)
+    output = subprocess.check_output([sys.executable, "-c", text], text=True)
+    assert output == "True\nBoth are started. Neither has run yet.\n(ValueError('oops'),)\n"
 
 
 def broken(start: Start, folder: Path, number: int, *options: str) -> Process:

@@ -35,10 +35,12 @@ from streams import (
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_server import Outcome, Shutdown, hello_world, serve_connection, serve_gracefully
+from trio_server import handlers as handlers_module
 from trio_server import server as server_module
 from trio_server.accept_queue import accept_waiting, any_waiting
+from trio_server.handlers import BATCH
 from trio_server.responder import REPLY
-from trio_server.server import BATCH, EMPTYING_TIME, HANDSHAKE_TIME
+from trio_server.server import EMPTYING_TIME, HANDSHAKE_TIME
 from trio_server.shutdown import IDLE_TIME
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's socket filters")
@@ -190,7 +192,7 @@ async def test_a_shutdown_that_begins_during_the_start_answers_a_client_that_is_
 
 
 async def test_trio_starts_a_handler_in_the_way_that_is_relied_on(nursery: trio.Nursery) -> None:
-    """If this fails, Trio has changed: adapt `_Acceptor.start_soon`."""
+    """If this fails, Trio has changed: adapt `HandlerStarter.start_soon`."""
     calls: list[tuple[Any, ...]] = []
 
     class Recorder:
@@ -234,8 +236,8 @@ async def test_with_too_many_waiting_for_a_handler_the_rest_stays_in_the_accept_
         rooms.append(most)
         return accept_waiting(listener, most)
 
-    monkeypatch.setattr(server_module, "MOST_ACCEPTED", 10)
-    monkeypatch.setattr(server_module, "accept_waiting", accept)
+    monkeypatch.setattr(handlers_module, "MOST_ACCEPTED", 10)
+    monkeypatch.setattr(handlers_module, "accept_waiting", accept)
     left_waiting = []
 
     async def handler(_: trio.SocketStream) -> None:
@@ -286,7 +288,7 @@ class Passes(trio.abc.Instrument):
 async def test_handlers_start_in_batches_with_a_scheduler_pass_between(
     accepted_at_once: int, most: int, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "MOST_ACCEPTED", accepted_at_once)
+    monkeypatch.setattr(handlers_module, "MOST_ACCEPTED", accepted_at_once)
     passes, starts = Passes(), Counter[int]()
     trio.lowlevel.add_instrument(passes)
 

@@ -64,7 +64,7 @@ async def serve_connection(
             if error.__cause__:  # On Python 3.12 and 3.13, a reference cycle would keep the cause,
                 error.__cause__.__traceback__ = None  # and with it the request and the reply.
         finally:
-            # Was the wait for a request cancelled? Without one in the kernel, none is cut off.
+            # Cancelled before a request was read: if none waits, the client has sent nothing.
             if exchange.outcome is Outcome.CUT_OFF and not exchange.request:
                 is_socket = isinstance(transport, trio.SocketStream)
                 if is_socket and not any_waiting([transport.socket]):

@@ -1,11 +1,12 @@
 """The live view (``--watch``): a task that draws the connections ten times a second."""
 
 import locale
-import logging.handlers
+import logging
 import os
 import re
 import shutil
 from functools import partial
+from logging.handlers import MemoryHandler
 
 import trio
 
@@ -21,8 +22,11 @@ class View:
     """The view of a server in the terminal."""
 
     def __init__(self, account: Account, shutdown: Shutdown, delay: float, url: str) -> None:
-        self.account, self.shutdown, self.delay, self.url = account, shutdown, delay, url
-        self.warnings = logging.handlers.MemoryHandler(BUFFER_SIZE, logging.CRITICAL + 1)
+        self.account = account
+        self.shutdown = shutdown
+        self.delay = delay
+        self.url = url
+        self.warnings: MemoryHandler = MemoryHandler(BUFFER_SIZE, logging.CRITICAL + 1)
         self.warnings.setLevel(logging.WARNING)
 
     async def show(self) -> None:
@@ -84,6 +88,5 @@ class View:
 def frame(lines: list[str]) -> str:
     """Return what the terminal gets. Each line replaces the old one, so nothing flickers."""
     text = "\x1b[H" + "\x1b[K\r\n".join(lines) + "\x1b[J"
-    if not os.environ.get("NO_COLOR"):
-        text = re.sub("[█▌]+", "\x1b[32m\\g<0>\x1b[m", text)
+    text = text if os.environ.get("NO_COLOR") else re.sub("[█▌]+", "\x1b[32m\\g<0>\x1b[m", text)
     return text if locale.getencoding() == "UTF-8" else text.translate(ASCII)

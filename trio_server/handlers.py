@@ -1,0 +1,90 @@
+"""Start the handlers: fast, and so that the failure of one does not end the server."""
+
+import logging
+import math
+import socket
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import trio
+
+from trio_server.accept_queue import accept_waiting
+from trio_server.connection import peer_name
+
+BATCH = 64  # handlers that start in one scheduler pass; then the server accepts again
+MOST_ACCEPTED = 10_000  # connections that wait for their handler to start
+
+Handler: TypeAlias = Callable[[Any], Awaitable[object]]
+logger: logging.Logger = logging.getLogger("trio_server")
+
+
+@dataclass
+class HandlerStarter:
+    """What Trio's servers get as their nursery: "any object with a ``start_soon`` method"."""
+
+    nursery: trio.Nursery  # of the handlers
+    shared: bool  # whether other processes accept from the same listeners
+    listeners: list[Any] = field(default_factory=list)  # once they are open
+    last_accept: float = -math.inf  # on Trio's clock
+    cancelled: int = 0  # handlers
+    _accepted: deque[Any] = field(default_factory=deque)  # streams or sockets, without a handler
+
+    def start_soon(self, _: object, stream: trio.abc.AsyncResource, handler: Handler) -> None:
+        """Accept all connections in the accept queue, then start the handlers in batches.
+
+        While the queue is full, each new client waits for a second. So accepting comes first, and
+        10,000 clients at once do not fill the queue. The first argument is Trio's function that
+        runs the handler and closes the stream. `_run_handler` replaces it.
+        """
+        self.last_accept = trio.current_time()
+        starting = bool(self._accepted)
+        self._accepted.append(stream)
+        for listener in () if self.shared else self.listeners:
+            if type(listener) is trio.SocketListener:
+                room = MOST_ACCEPTED - len(self._accepted)
+                self._accepted += accept_waiting(listener.socket, room)
+        if not starting:
+            self._start_batch(handler)
+
+    def _start_batch(self, handler: Handler) -> None:
+        for _ in range(min(BATCH, len(self._accepted))):
+            stream = self._accepted.popleft()
+            if isinstance(stream, socket.socket):
+                stream = trio.SocketStream(trio.socket.from_stdlib_socket(stream))
+            self.nursery.start_soon(self._run_handler, handler, stream)
+        if self._accepted:
+            self.nursery.start_soon(self._start_next_batch, handler)
+
+    async def _start_next_batch(self, handler: Handler) -> None:
+        # In one pass, Trio runs all tasks that are ready; then it asks the kernel for events. Even
+        # a cancelled task begins, in the next pass. So each stream gets a handler, and is closed.
+        self._start_batch(handler)
+
+    async def _run_handler(self, handler: Handler, stream: trio.abc.AsyncResource) -> None:
+        """Run a handler, so that its failure ends its connection and not the server."""
+        transport = getattr(stream, "transport_stream", stream)
+        peer = peer_name(transport)  # After a reset, the kernel no longer knows the address.
+        try:
+            await handler(stream)
+        except* trio.BrokenResourceError as group:
+            # Its traceback has this frame, so a variable with the error would make a cycle.
+            debug = logger.isEnabledFor(logging.DEBUG)
+            message = f"{peer}: the handler ended: {unwrapped(group)!r}"
+            logger.info("%s", message, exc_info=unwrapped(group) if debug else None)
+        except* Exception as group:
+            logger.error("%s: the handler failed", peer, exc_info=unwrapped(group))  # noqa: TRY400
+        except* trio.Cancelled:
+            self.cancelled += 1
+            raise
+        finally:  # Closing a stream twice would cost 30 microseconds.
+            if not isinstance(transport, trio.SocketStream) or transport.socket.fileno() >= 0:
+                await trio.aclose_forcefully(stream)
+
+
+def unwrapped(error: Exception) -> Exception:
+    """Return the only exception in a group, or the group if it has several."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
