@@ -3,7 +3,7 @@
     python tests/deployment/try_systemd.py [--root FOLDER]
 
 It boots Debian bookworm in a container with its own loopback interface, so nothing changes
-outside. The trials need a minute and a half, and installing Debian needs one more.
+outside. The trials take a minute and a half, and installing Debian takes one more.
 
 This needs root, debootstrap, systemd-nspawn (Debian's package systemd-container), iproute2, access
 to Debian's packages and PyPI, and a Python with this project's test extra. With --root, the files
