@@ -58,8 +58,8 @@ class HandlerStarter:
             self.nursery.start_soon(self._start_next_batch, handler)
 
     async def _start_next_batch(self, handler: Handler) -> None:
-        # In one pass, Trio runs all tasks that are ready; then it asks the kernel for events. Even
-        # a cancelled task begins, in the next pass. So each stream gets a handler, and is closed.
+        # In one pass, Trio runs all tasks that are ready; then it asks the kernel for events. A
+        # task runs up to its first checkpoint even if it is cancelled, so each stream is closed.
         self._start_batch(handler)
 
     async def _run_handler(self, handler: Handler, stream: trio.abc.AsyncResource) -> None:

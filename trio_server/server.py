@@ -45,9 +45,9 @@ async def serve_gracefully(
     connection, not the server. A `trio.BrokenResourceError` is one line at INFO, because clients
     may reset their connections. The server waits for a handler that is shielded from cancellation.
 
-    Two kinds of handlers may use up the whole grace period. One waits for its client outside
-    `Shutdown.move_on_after`: tell it to finish, 2 s after `Shutdown.wait` has returned. By then no
-    new connections arrive. The other has a client that keeps sending: end its loop when
+    Two kinds of handlers may use up the whole grace period. The first waits for its client without
+    `Shutdown.move_on_after`. Tell it to finish, but only 2 s after `Shutdown.wait` returns: by
+    then no new connections arrive. The second has a client that keeps sending. End its loop when
     `Shutdown.begun` is true.
 
     A TLS connection ends without a TLS goodbye (close_notify), unless the handler calls ``aclose``
@@ -105,8 +105,8 @@ async def _accept(
         if not starter.shared:
             await _empty_queues(sockets, starter.last_accept)
         # No `await` between the last check and the close, so no connection can slip in. An
-        # accept loop that was about to run gets a `ClosedResourceError`. While it cleans up, the
-        # checkpoint in `SocketListener.aclose` raises `Cancelled`, which replaces that error.
+        # accept loop that was about to run fails with `ClosedResourceError`. That is harmless: its
+        # next checkpoint, in `SocketListener.aclose`, replaces the error with `Cancelled`.
         accept_loops.cancel_scope.cancel()
         for one in sockets:
             one.close()
