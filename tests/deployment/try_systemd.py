@@ -312,7 +312,8 @@ TRIALS: dict[str, Callable[[Machine], Row]] = {
 
 def print_table(machine: Machine) -> None:
     """Run the trials; print a row after each."""
-    print(f"| what was done (`--delay {BRISK:g}`; from the power-off on `{LONG:g}`)", end=" ")
+    delays = f"with --delay {BRISK:g}, and --delay {LONG:g} from the power-off row on"
+    print(f"| what was done ({delays})", end=" ")
     print("| requests | lost | what was seen |\n|---|---|---|---|", flush=True)
     for title, trial in TRIALS.items():
         results, seen = trial(machine)
