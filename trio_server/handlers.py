@@ -69,7 +69,7 @@ class HandlerStarter:
         try:
             await handler(stream)
         except* trio.BrokenResourceError as group:
-            # Its traceback has this frame, so a variable with the error would make a cycle.
+            # A variable for the error would make a cycle: frame, error, traceback, frame.
             debug = logger.isEnabledFor(logging.DEBUG)
             message = f"{peer}: the handler ended: {unwrapped(group)!r}"
             logger.info("%s", message, exc_info=unwrapped(group) if debug else None)

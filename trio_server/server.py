@@ -105,8 +105,8 @@ async def _accept(
         if not starter.shared:
             await _empty_queues(sockets, starter.last_accept)
         # No `await` between the last check and the close, so no connection can slip in. An
-        # accept loop that was about to run fails with `ClosedResourceError`. That is harmless: its
-        # next checkpoint, in `SocketListener.aclose`, replaces the error with `Cancelled`.
+        # accept loop that was about to run finds its socket closed: `ClosedResourceError`. That is
+        # harmless: on its way out, the checkpoint in `SocketListener.aclose` raises `Cancelled`.
         accept_loops.cancel_scope.cancel()
         for one in sockets:
             one.close()
