@@ -81,7 +81,9 @@ class Account:
         self.ended.append(exchange)
         self.outcomes[exchange.outcome] += 1
         # Health checks, port scans and a browser's spare connections send nothing.
-        logger.log(logging.INFO if exchange.request else logging.DEBUG, "%s", str(exchange))
+        level = logging.INFO if exchange.request else logging.DEBUG
+        if logger.isEnabledFor(level):  # Otherwise the text would be made for nothing.
+            logger.log(level, "%s", str(exchange))
 
     def totals(self) -> str:
         """Return the number of exchanges that have ended with each outcome, as text."""
