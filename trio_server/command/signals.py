@@ -14,6 +14,10 @@ from trio_server.shutdown import Shutdown
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_STOP = 0.5  # seconds; two signals in this time count as one: `uv run` delivers Ctrl-C twice
+SHUTTING_DOWN = (
+    "%s: shutting down within %g s, requests in flight: %d; "
+    "another Ctrl-C or SIGTERM, at least half a second later, stops immediately"
+)
 
 logger: logging.Logger = logging.getLogger("trio_server")
 
@@ -56,11 +60,7 @@ async def handle(
             begun_at = trio.current_time()
             notify("STOPPING=1")
             shutdown.begin(grace_period)
-            logger.info(
-                "%s: shutting down within %g s, requests in flight: %d; "
-                "another Ctrl-C or SIGTERM, at least half a second later, stops immediately",
-                *(name, grace_period, account.in_flight),
-            )
+            logger.info(SHUTTING_DOWN, name, grace_period, account.in_flight)
         elif trio.current_time() >= begun_at + ONE_STOP:
             shutdown.begin(0)
             logger.info("%s: stopping immediately", name)
