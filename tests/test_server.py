@@ -212,19 +212,24 @@ async def test_trio_starts_a_handler_in_the_way_that_is_relied_on(nursery: trio.
     nursery.cancel_scope.cancel()
 
 
-async def test_all_in_the_accept_queue_are_accepted_before_the_first_handler_starts(
-    nursery: trio.Nursery,
-) -> None:
+async def serve_queued(nursery: trio.Nursery, number: int, *, shared: bool = False) -> list[bool]:
+    """Serve clients from the queue; return for each handler whether others were left there."""
     left_waiting = []
 
     async def handler(_: trio.SocketStream) -> None:
         left_waiting.append(any_waiting([server.listeners[0].socket]))
 
-    server = Server(handler=handler)
+    server = Server(handler=handler, shared=shared)
     await server.start(nursery)
-    with queued(server.address, 3 * BATCH):
-        await until(lambda: len(left_waiting) == 3 * BATCH)
-    assert not any(left_waiting)
+    with queued(server.address, number):
+        await until(lambda: len(left_waiting) == number)
+    return left_waiting
+
+
+async def test_all_in_the_accept_queue_are_accepted_before_the_first_handler_starts(
+    nursery: trio.Nursery,
+) -> None:
+    assert not any(await serve_queued(nursery, 3 * BATCH))
 
 
 async def test_with_too_many_waiting_for_a_handler_the_rest_stays_in_the_accept_queue(
@@ -238,16 +243,7 @@ async def test_with_too_many_waiting_for_a_handler_the_rest_stays_in_the_accept_
 
     monkeypatch.setattr(handlers_module, "MOST_ACCEPTED", 10)
     monkeypatch.setattr(handlers_module, "accept_waiting", accept)
-    left_waiting = []
-
-    async def handler(_: trio.SocketStream) -> None:
-        left_waiting.append(any_waiting([server.listeners[0].socket]))
-
-    server = Server(handler=handler)
-    await server.start(nursery)
-    with queued(server.address, 25):
-        await until(lambda: len(left_waiting) == 25)
-    assert left_waiting[:10] == [True] * 10
+    assert (await serve_queued(nursery, 25))[:10] == [True] * 10
     assert rooms[0] == 9  # Trio has accepted one.
 
 
@@ -306,16 +302,7 @@ async def test_handlers_start_in_batches_with_a_scheduler_pass_between(
 async def test_with_a_shared_listener_the_queue_is_left_to_the_other_processes(
     nursery: trio.Nursery,
 ) -> None:
-    left_waiting = []
-
-    async def handler(_: trio.SocketStream) -> None:
-        left_waiting.append(any_waiting([server.listeners[0].socket]))
-
-    server = Server(handler=handler, shared=True)
-    await server.start(nursery)
-    with queued(server.address, 10):
-        await until(lambda: len(left_waiting) == 10)
-    assert left_waiting[:5] == [True] * 5
+    assert (await serve_queued(nursery, 10, shared=True))[:5] == [True] * 5
 
 
 class WrappedListener(trio.abc.Listener[trio.SocketStream]):

@@ -70,14 +70,16 @@ async def test_the_time_counts_from_entering_the_block(autojump_clock: MockClock
     assert trio.current_time() == before + 30
 
 
-async def test_the_end_of_the_grace_period_ends_a_wait_that_started_before(
-    autojump_clock: MockClock,
+@pytest.mark.parametrize("grace_period", [0.25, 0])
+async def test_the_end_of_the_grace_period_ends_waits_that_started_before_and_after_the_shutdown(
+    grace_period: float, autojump_clock: MockClock
 ) -> None:
     shutdown = Shutdown()
     async with trio.open_nursery() as waits:
-        waits.start_soon(ends_after, 0.25, shutdown, 30)
+        waits.start_soon(ends_after, grace_period, shutdown, 30)
         await wait_all_tasks_blocked()
-        shutdown.begin(0.25)
+        shutdown.begin(grace_period)
+        waits.start_soon(ends_after, grace_period, shutdown, 30)
 
 
 async def test_the_end_of_the_grace_period_ends_a_wait_that_starts_later(
@@ -89,17 +91,6 @@ async def test_the_end_of_the_grace_period_ends_a_wait_that_starts_later(
     await ends_after(0.25, shutdown, 30)
     await trio.sleep(5)
     await ends_after(0, shutdown, 30)
-
-
-async def test_after_a_shutdown_without_a_grace_period_no_wait_waits(
-    autojump_clock: MockClock,
-) -> None:
-    shutdown = Shutdown()
-    async with trio.open_nursery() as waits:
-        waits.start_soon(ends_after, 0, shutdown, 30)
-        await wait_all_tasks_blocked()
-        shutdown.begin(0)
-        waits.start_soon(ends_after, 0, shutdown, 30)
 
 
 async def test_waits_that_are_over_are_forgotten(autojump_clock: MockClock) -> None:
