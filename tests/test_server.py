@@ -878,7 +878,7 @@ async def test_an_accept_that_fails_does_not_shorten_the_grace_period(
     await client.aclose()
 
 
-async def test_an_error_of_a_server_that_is_cancelled_is_raised_as_in_trio(
+async def test_an_error_of_a_server_that_is_cancelled_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Broken(MemoryListener):
@@ -887,12 +887,11 @@ async def test_an_error_of_a_server_that_is_cancelled_is_raised_as_in_trio(
             raise ValueError("boom")
 
     server = Server(handler=nothing)
-    with pytest.RaisesGroup(ValueError, flatten_subgroups=True):
-        async with trio.open_nursery() as nursery:
-            await server.start(nursery, Broken())
-            await wait_all_tasks_blocked()
-            nursery.cancel_scope.cancel()
-    assert not caplog.messages
+    async with trio.open_nursery() as nursery:
+        await server.start(nursery, Broken())
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert caplog.messages == ["accepting failed, so the server shuts down: ValueError('boom')"]
 
 
 async def test_an_error_that_comes_with_the_end_of_the_grace_period_is_raised_plain(
@@ -912,7 +911,7 @@ async def test_an_error_that_comes_with_the_end_of_the_grace_period_is_raised_pl
         nursery.start_soon(begin_when_blocked, shutdown)
         with pytest.raises(OSError, match="boom"):
             await serve_gracefully(partial(trio.serve_listeners, work, [broken]), shutdown)
-    assert caplog.messages == ["handlers cancelled by the shutdown: 1"]
+    assert caplog.messages[1:] == ["handlers cancelled by the shutdown: 1"]
     await client.aclose()
 
 

@@ -59,15 +59,28 @@ async def test_the_idle_time_can_be_chosen(autojump_clock: MockClock) -> None:
         waits.start_soon(ends_after, 3, shutdown, 30)
 
 
-async def test_the_time_counts_from_entering_the_block(autojump_clock: MockClock) -> None:
+async def test_the_time_counts_as_with_the_function_of_trio(autojump_clock: MockClock) -> None:
+    # From entering the block; before Trio 0.27, from the call.
+    scopes = [trio.move_on_after(30), Shutdown().move_on_after(30)]
+    await trio.sleep(20)
+    ends = []
+    for scope in scopes:
+        with scope:
+            ends.append(scope.deadline)
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "grace_period", "left"), [(9, 5, 1), (0.5, 5, 0.5), (9, 0.2, 0.2)]
+)
+async def test_a_shutdown_that_begins_just_before_the_block_is_entered_shortens_it(
+    seconds: float, grace_period: float, left: float, autojump_clock: MockClock
+) -> None:
     shutdown = Shutdown()
-    limit = shutdown.move_on_after(30)
-    await trio.sleep(100)
-    before = trio.current_time()
-    with limit as wait:
-        await trio.sleep_forever()
-    assert wait.cancelled_caught
-    assert trio.current_time() == before + 30
+    scope = shutdown.move_on_after(seconds)
+    shutdown.begin(grace_period)
+    with scope:
+        assert scope.deadline == trio.current_time() + left
 
 
 @pytest.mark.parametrize("grace_period", [0.25, 0])
@@ -95,10 +108,11 @@ async def test_the_end_of_the_grace_period_ends_a_wait_that_starts_later(
 
 async def test_waits_that_are_over_are_forgotten(autojump_clock: MockClock) -> None:
     shutdown = Shutdown()
-    for _ in range(1000):
+    for _ in range(10_000):
         with shutdown.move_on_after(30):
             await trio.lowlevel.checkpoint()
-    assert not shutdown._scopes  # noqa: SLF001 - a leak shows nowhere else
+    # Trio itself keeps up to a thousand scopes that have ended, among its deadlines.
+    assert len(shutdown._scopes) < 2_000  # noqa: SLF001 - a leak shows nowhere else
 
 
 async def test_a_wait_whose_time_ran_out_keeps_nothing_in_memory(
@@ -136,34 +150,6 @@ async def test_tasks_that_wait_for_the_shutdown_go_on_when_it_begins(
     await wait_all_tasks_blocked()
     assert began == [trio.current_time()]
     await shutdown.wait()
-
-
-async def test_a_wait_is_entered_and_left_without_an_interruption_by_ctrl_c() -> None:
-    class Recorder(dict[trio.CancelScope, float]):
-        def __setitem__(self, scope: trio.CancelScope, seconds: float) -> None:
-            protected.append(trio.lowlevel.currently_ki_protected())
-            super().__setitem__(scope, seconds)
-
-        def __delitem__(self, scope: trio.CancelScope) -> None:
-            protected.append(trio.lowlevel.currently_ki_protected())
-            super().__delitem__(scope)
-
-    protected: list[bool] = []
-    shutdown = Shutdown()
-    shutdown._scopes = Recorder()  # noqa: SLF001 - it is called in both methods
-    with shutdown.move_on_after(1):
-        assert not trio.lowlevel.currently_ki_protected()
-    assert protected == [True, True]
-
-
-async def test_a_wait_cannot_be_entered_twice() -> None:
-    shutdown = Shutdown()
-    wait = shutdown.move_on_after(1)
-    with wait:
-        pass
-    with pytest.raises(RuntimeError), wait:
-        pass
-    assert not shutdown._scopes  # noqa: SLF001 - a leak shows nowhere else
 
 
 async def work(shutdown: Shutdown) -> bool:  # type: ignore[return] # mypy knows that time may run out

@@ -3,7 +3,6 @@
 To its client, such a connection looks like an accepted one: the client can send (listen(2)).
 """
 
-import os
 import select
 import socket
 import struct
@@ -36,10 +35,9 @@ def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.s
     """
     accepted: list[socket.socket] = []
     if any_waiting([listener]):  # A cheap check: an `accept` that fails costs ten times as much.
-        kind = (listener.family, listener.type, listener.proto)
         with (
             suppress(OSError),  # The queue is empty, or Trio's next `accept` meets the error.
-            socket.socket(*kind, fileno=os.dup(listener.fileno())) as duplicate,
+            socket.fromfd(listener.fileno(), listener.family, listener.type) as duplicate,
         ):
             duplicate.settimeout(0)  # whatever `socket.setdefaulttimeout` says
             while len(accepted) < most:

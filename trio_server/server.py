@@ -64,20 +64,17 @@ async def serve_gracefully(
         example = "partial(trio.serve_tcp, handler, 1729)"
         raise TypeError(f"server must be like {example}: {error}") from None
     failure: Exception | None = None
-    try:
-        with shutdown.grace_scope():
-            async with trio.open_nursery() as nursery:
-                starter = HandlerStarter(nursery, shared)
-                try:
-                    await _accept(server, shutdown, starter, task_status)
-                except Exception as error:  # noqa: BLE001 - it is raised below
-                    failure = unwrapped(error)
-                    if starter.listeners:
-                        logger.error("accepting failed, so the server shuts down: %r", failure)  # noqa: TRY400 - raised below
-                        if not shutdown.begun:
-                            shutdown.begin()
-    except Exception as error:  # noqa: BLE001 - accepting failed when the grace period ended
-        failure = unwrapped(error)
+    with shutdown.grace_scope():
+        async with trio.open_nursery() as handlers:
+            starter = HandlerStarter(handlers, shared)
+            try:
+                await _accept(server, shutdown, starter, task_status)
+            except* Exception as group:  # noqa: BLE001 - it is raised below
+                failure = unwrapped(group)
+                if starter.listeners:
+                    logger.error("accepting failed, so the server shuts down: %r", failure)  # noqa: TRY400 - raised below
+                    if not shutdown.begun:
+                        shutdown.begin()
     if starter.cancelled:
         logger.warning("handlers cancelled by the shutdown: %d", starter.cancelled)
     if failure is not None:
@@ -99,24 +96,24 @@ async def _accept(
             starter.listeners = await accept_loops.start(partial(server, handler_nursery=starter))
             task_status.started(starter.listeners)
         await shutdown.wait()
-        # With TLS, the transport has the socket. A listener in memory has no socket.
-        transports = (getattr(one, "transport_listener", one) for one in starter.listeners)
-        sockets = [one.socket for one in transports if isinstance(one, trio.SocketListener)]
-        if not starter.shared:
-            await _empty_queues(sockets, starter.last_accept)
-        # No `await` between the last check and the close, so no connection can slip in. An
-        # accept loop that was about to run finds its socket closed: `ClosedResourceError`. That is
-        # harmless: on its way out, the checkpoint in `SocketListener.aclose` raises `Cancelled`.
+        await _stop_accepting(starter)
         accept_loops.cancel_scope.cancel()
-        for one in sockets:
-            one.close()
 
 
-async def _empty_queues(sockets: list[trio.socket.SocketType], last_accept: float) -> None:
-    """Keep new connections out, and wait until all others are accepted."""
-    filtered = [ignore_new_connections(one) for one in sockets]
-    if trio.current_time() < last_accept + 1 or any_waiting(sockets):
-        await trio.sleep(HANDSHAKE_TIME)  # Clients are arriving, perhaps in a handshake.
-    with trio.move_on_after(math.inf if all(filtered) else EMPTYING_TIME):
-        while any_waiting(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`
-            await trio.sleep(POLL_INTERVAL)
+async def _stop_accepting(starter: HandlerStarter) -> None:
+    """Accept the connections in the accept queue, then close the listeners."""
+    # With TLS, the transport has the socket. A listener in memory has no socket.
+    transports = (getattr(one, "transport_listener", one) for one in starter.listeners)
+    sockets = [one.socket for one in transports if isinstance(one, trio.SocketListener)]
+    if not starter.shared:
+        filtered = [ignore_new_connections(one) for one in sockets]
+        if trio.current_time() < starter.last_accept + 1 or any_waiting(sockets):
+            await trio.sleep(HANDSHAKE_TIME)  # Clients are arriving, perhaps in a handshake.
+        with trio.move_on_after(math.inf if all(filtered) else EMPTYING_TIME):
+            while any_waiting(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`
+                await trio.sleep(POLL_INTERVAL)
+    # No `await` between the last check and the close, so no connection can slip in. An accept
+    # loop that was about to run finds its socket closed: `ClosedResourceError`. That is harmless:
+    # it is about to be cancelled, and the checkpoint in `SocketListener.aclose` sees that first.
+    for one in sockets:
+        one.close()

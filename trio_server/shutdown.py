@@ -1,9 +1,7 @@
 """Graceful shutdown: idle clients get one more second, requests in flight get the grace period."""
 
 import math
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import trio
 
@@ -24,7 +22,8 @@ class Shutdown:
         self._idle_time = idle_time
         self._begun = trio.Event()
         self._grace_ends = math.inf
-        self._scopes: dict[trio.CancelScope, float] = {}  # the seconds each has after `begin`
+        # For each scope of `move_on_after`: the seconds that it may last after `begin`.
+        self._scopes: WeakKeyDictionary[trio.CancelScope, float] = WeakKeyDictionary()
 
     @property
     def begun(self) -> bool:
@@ -63,48 +62,30 @@ class Shutdown:
         self._grace_ends = min(self._grace_ends, now + grace_period)
         self._begun.set()
         for scope, seconds_left in self._scopes.items():
-            scope.deadline = min(scope.deadline, now + seconds_left, self._grace_ends)
+            if getattr(scope, "is_relative", False):  # made, but not entered yet
+                scope.relative_deadline = min(scope.relative_deadline, seconds_left, grace_period)
+            else:
+                scope.deadline = min(scope.deadline, now + seconds_left, self._grace_ends)
 
-    def move_on_after(self, seconds: float) -> AbstractContextManager[trio.CancelScope, bool]:
+    def move_on_after(self, seconds: float) -> trio.CancelScope:
         """Limit a wait for a client to ``seconds``, as `trio.move_on_after` does.
 
         A shutdown shortens it to the idle time. If the time ran out, ``cancelled_caught`` of the
         scope is true. At the end of the grace period, the whole handler is cancelled.
         """
         check_seconds("seconds", seconds)
-        return _Scope(self, seconds, self._idle_time)
+        return self._scope(seconds, self._idle_time)
 
-    def grace_scope(self) -> AbstractContextManager[trio.CancelScope, bool]:
-        """Cancel the block at the end of the grace period, as `serve_gracefully` does."""
-        return _Scope(self, math.inf, math.inf)
+    def grace_scope(self) -> trio.CancelScope:
+        """Return a scope that is cancelled at the end of the grace period."""
+        return self._scope(math.inf, math.inf)
 
-
-@dataclass
-class _Scope(AbstractContextManager[trio.CancelScope, bool]):
-    """A cancel scope that a shutdown shortens.
-
-    `contextlib.contextmanager` would be shorter. But on Python 3.12 and 3.13 it would keep the
-    variables of a handler in memory after a wait that was cancelled, in a reference cycle.
-    """
-
-    shutdown: Shutdown
-    seconds: float  # counted from entering the block
-    seconds_left: float  # counted from the beginning of the shutdown
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-
-    @trio.lowlevel.enable_ki_protection  # as Trio's own, so that Ctrl-C leaves no scope open
-    def __enter__(self) -> trio.CancelScope:
-        begun, grace_ends = self.shutdown.begun, self.shutdown.grace_ends
-        limit = min(self.seconds, self.seconds_left) if begun else self.seconds
-        self.scope.deadline = min(trio.current_time() + limit, grace_ends)
-        self.scope.__enter__()
-        self.shutdown._scopes[self.scope] = self.seconds_left  # noqa: SLF001 - for `begin`
-        return self.scope
-
-    @trio.lowlevel.enable_ki_protection
-    def __exit__(self, *error: Any) -> bool:  # noqa: ANN401, PYI036 - they are passed on
-        del self.shutdown._scopes[self.scope]  # noqa: SLF001
-        return self.scope.__exit__(*error)
+    def _scope(self, seconds: float, seconds_left: float) -> trio.CancelScope:
+        if self.begun:
+            seconds = min(seconds, seconds_left, max(self._grace_ends - trio.current_time(), 0))
+        scope = trio.move_on_after(seconds)
+        self._scopes[scope] = seconds_left
+        return scope
 
 
 def check_seconds(name: str, value: float) -> None:
