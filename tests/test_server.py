@@ -1017,11 +1017,10 @@ async def test_a_handler_that_fails_as_it_is_cancelled_is_logged(
     await client.aclose()
 
 
-@pytest.mark.parametrize("level", ["INFO", "DEBUG"])
 async def test_a_reset_that_leaves_a_handler_is_one_line_with_the_address_of_the_client(
-    level: str, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(level, logger="trio_server")
+    caplog.set_level("INFO", logger="trio_server")
     server = Server(handler=echo)
     await server.start(nursery)
     async with await server.connect(b"hi") as client:
@@ -1033,7 +1032,6 @@ async def test_a_reset_that_leaves_a_handler_is_one_line_with_the_address_of_the
     assert record.levelno == logging.INFO
     start = f"{host}:{port}: the handler ended: BrokenResourceError('socket connection broken"
     assert record.getMessage().startswith(start)
-    assert ("Traceback" in caplog.text) == (level == "DEBUG")
 
 
 async def test_a_handler_that_a_broken_connection_ended_keeps_nothing_in_memory(

@@ -23,16 +23,12 @@ This echo server stops gracefully on SIGTERM or Ctrl-C, and immediately on a sec
             if stop.begun:
                 break
 
-    async def stop_on_signals():
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async for _ in signals:
-                stop.begin(0 if stop.begun else 30)
-
     async def main():
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(stop_on_signals)
-            await serve_gracefully(partial(trio.serve_tcp, echo, 1729), stop)
-            nursery.cancel_scope.cancel()
+            nursery.start_soon(serve_gracefully, partial(trio.serve_tcp, echo, 1729), stop)
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                await anext(signals)  # After this block, a signal ends the program at once.
+            stop.begin()
 
     trio.run(main)
 """

@@ -69,10 +69,7 @@ class HandlerStarter:
         try:
             await handler(stream)
         except* trio.BrokenResourceError as group:
-            # A variable for the error would make a cycle: frame, error, traceback, frame.
-            debug = logger.isEnabledFor(logging.DEBUG)
-            message = f"{peer}: the handler ended: {unwrapped(group)!r}"
-            logger.info("%s", message, exc_info=unwrapped(group) if debug else None)
+            logger.info("%s: the handler ended: %s", peer, repr(unwrapped(group)))
         except* Exception as group:
             logger.error("%s: the handler failed", peer, exc_info=unwrapped(group))  # noqa: TRY400
         except* trio.Cancelled:

@@ -21,17 +21,12 @@ async def echo(stream: trio.SocketStream) -> None:
             break
 
 
-async def stop_on_signals() -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            stop.begin(0 if stop.begun else 30)
-
-
 async def main() -> None:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop_on_signals)
-        await serve_gracefully(partial(trio.serve_tcp, echo, 1729), stop)
-        nursery.cancel_scope.cancel()  # This ends `stop_on_signals`, which would wait for ever.
+        nursery.start_soon(serve_gracefully, partial(trio.serve_tcp, echo, 1729), stop)
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            await anext(signals)  # After this block, a signal ends the program at once.
+        stop.begin()
 
 
 trio.run(main)

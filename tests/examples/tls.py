@@ -15,21 +15,17 @@ from trio_server import Shutdown, hello_world, serve_connection, serve_gracefull
 stop = Shutdown()
 
 
-async def stop_on_signals() -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            stop.begin(0 if stop.begun else 30)
-
-
 async def main() -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(sys.argv[1])
     respond = partial(hello_world, delay=1)  # A responder: bytes to bytes.
     handler = partial(serve_connection, respond=respond, shutdown=stop)
+    server = partial(trio.serve_ssl_over_tcp, handler, 1729, context)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop_on_signals)
-        await serve_gracefully(partial(trio.serve_ssl_over_tcp, handler, 1729, context), stop)
-        nursery.cancel_scope.cancel()
+        nursery.start_soon(serve_gracefully, server, stop)
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            await anext(signals)
+        stop.begin()
 
 
 trio.run(main)

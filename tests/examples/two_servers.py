@@ -18,16 +18,16 @@ async def admin(stream: trio.SocketStream) -> None:
             await stream.send_all(b"stopping\n")
 
 
-async def stop_on_signals() -> None:
+async def stop_on_signal() -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            stop.begin(0 if stop.begun else 30)
+        await anext(signals)
+    stop.begin()
 
 
 async def main() -> None:
     handler = partial(serve_connection, respond=hello_world, shutdown=stop)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop_on_signals)
+        nursery.start_soon(stop_on_signal)
         async with trio.open_nursery() as servers:
             await servers.start(serve_gracefully, partial(trio.serve_tcp, handler, 1729), stop)
             # The port is ours now, so if the path exists, a server that was killed left it.
@@ -38,7 +38,7 @@ async def main() -> None:
             local = partial(trio.serve_listeners, admin, [trio.SocketListener(unix)])
             await servers.start(serve_gracefully, local, stop)
         await ADMIN.unlink()  # Trio does not remove it.
-        nursery.cancel_scope.cancel()
+        nursery.cancel_scope.cancel()  # The admin may have stopped the servers, not a signal.
 
 
 trio.run(main)
