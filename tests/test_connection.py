@@ -360,6 +360,32 @@ async def test_a_responder_that_fails_ends_its_connection_with_a_plain_traceback
     assert "Traceback" in caplog.text
 
 
+async def test_a_responder_that_fails_as_it_is_cancelled_is_logged(
+    nursery: trio.Nursery, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fails_at_the_end() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ValueError("boom")
+
+    async def two_tasks(_: bytes) -> bytes:
+        async with trio.open_nursery() as tasks:
+            tasks.start_soon(fails_at_the_end)
+            tasks.start_soon(trio.sleep_forever)
+        return b""
+
+    client, server = memory_stream_pair()
+    trial = Trial(nursery, server, two_tasks)
+    await client.send_all(b"hi")
+    await wait_all_tasks_blocked()
+    trial.scope.cancel()
+    assert await trial.end() == (Outcome.FAILED, 0)
+    assert trial.scope.cancelled_caught
+    assert [record.getMessage() for record in caplog.records] == ["client: the responder failed"]
+    assert "ValueError: boom" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("stage", "request_bytes", "respond", "outcome"),
     [

@@ -60,7 +60,7 @@ def test_help_shows_the_public_names_and_an_example() -> None:
         "serve_connection(",
         "serve_gracefully(",
         "hello_world(",
-        "with stop.move_on_after(30) as wait:",
+        "with stop.move_on_after(30):",
         "begin(self, grace_period",
     ):
         assert shown in text, shown

@@ -1,9 +1,10 @@
 """A graceful shutdown for servers on Trio, and the demo that ``python -m trio_server`` runs.
 
 * `serve_gracefully` runs one of Trio's servers until `Shutdown.begin` is called.
-* `serve_connection` is a handler: one request and one reply, which a responder makes. A responder
-  is an async function from request to reply. `hello_world` is one.
-* `Account` has an `Exchange` for each connection, and counts the connections by `Outcome`.
+* `serve_connection` is a handler for one request and one reply. A responder makes the reply: an
+  async function from request to reply, such as `hello_world`. To fill it in, write
+  ``partial(serve_connection, respond=hello_world, shutdown=stop)``.
+* `Account` records each connection as an `Exchange`, and counts how they ended (`Outcome`).
 
 This echo server stops gracefully on SIGTERM or Ctrl-C, and immediately on a second signal::
 
@@ -13,22 +14,23 @@ This echo server stops gracefully on SIGTERM or Ctrl-C, and immediately on a sec
 
     stop = Shutdown()
 
+    async def receive(stream):
+        with stop.move_on_after(30):  # Once the shutdown begins, 1 more second at most.
+            return await stream.receive_some()
+        return b""  # The time is up.
+
     async def echo(stream):
-        while True:
-            with stop.move_on_after(30) as wait:  # Once the shutdown begins, 1 s is left.
-                data = await stream.receive_some()
-            if wait.cancelled_caught or not data:
-                break
-            await stream.send_all(data)  # This work is outside the block, so it may finish.
-            if stop.begun:
+        while data := await receive(stream):
+            await stream.send_all(data)
+            if stop.begun:  # Otherwise a client that keeps sending could delay the end.
                 break
 
     async def main():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve_gracefully, partial(trio.serve_tcp, echo, 1729), stop)
             with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                await anext(signals)  # After this block, a signal ends the program at once.
-            stop.begin()
+                await anext(signals)
+            stop.begin()  # From here on, a second signal ends the program at once, as usual.
 
     trio.run(main)
 """

@@ -14,7 +14,7 @@ logger: logging.Logger = logging.getLogger("trio_server")
 class Outcome(Enum):
     """How a connection ended."""
 
-    ANSWERED = "answered"  # The kernel accepted the whole reply, and no reset followed.
+    ANSWERED = "answered"  # The kernel accepted the whole reply, and then saw no reset.
     SENT_NOTHING = "sent nothing"  # The client closed, or a shutdown ended the wait for it.
     WENT_AWAY = "went away"  # The client reset the connection, perhaps after the reply.
     TIMED_OUT = "timed out"  # The client sent no request in time, or did not read the reply.
@@ -30,7 +30,7 @@ class Exchange:
     request: bytes = b""
     accepted_at: float = field(default_factory=trio.current_time)
     received_at: float = math.nan  # until a request arrives
-    outcome: Outcome = Outcome.CUT_OFF  # until another is known
+    outcome: Outcome = Outcome.CUT_OFF  # until something better is known
     reply_size: int = 0  # bytes, once all of them are sent
     answered_at: float | None = None
 
@@ -82,8 +82,8 @@ class Account:
         self.outcomes[exchange.outcome] += 1
         # Health checks, port scans and a browser's spare connections send nothing.
         level = logging.INFO if exchange.request else logging.DEBUG
-        if logger.isEnabledFor(level):  # Otherwise the text would be made for nothing.
-            logger.log(level, "%s", str(exchange))
+        if logger.isEnabledFor(level):
+            logger.log(level, "%s", str(exchange))  # Made now, as it reads Trio's clock.
 
     def totals(self) -> str:
         """Return the number of exchanges that have ended with each outcome, as text."""

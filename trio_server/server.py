@@ -10,10 +10,11 @@ from typing import Any, TypeAlias
 import trio
 
 from trio_server.accept_queue import any_waiting, ignore_new_connections
-from trio_server.handlers import HandlerStarter, unwrapped
+from trio_server.connection import unwrapped
+from trio_server.handlers import HandlerStarter
 from trio_server.shutdown import Shutdown
 
-HANDSHAKE_TIME = 0.5  # seconds; with a round trip of 400 ms, 0 of 1,556 requests were lost
+HANDSHAKE_TIME = 0.5  # seconds; a handshake takes one round trip, which may be long
 EMPTYING_TIME = 1.0  # seconds at most, if the kernel cannot ignore new connections
 POLL_INTERVAL = 0.01  # seconds; polling the queue costs microseconds
 
@@ -32,23 +33,26 @@ async def serve_gracefully(
 
     Args:
         server: `trio.serve_tcp`, `trio.serve_ssl_over_tcp` or `trio.serve_listeners`, with all
-            arguments but the nursery filled in: ``partial(trio.serve_tcp, handler, 1729)``. A
-            handler is an async function of a stream. The stream is closed when the handler ends.
+            arguments but ``handler_nursery`` filled in:
+            ``partial(trio.serve_tcp, handler, 1729, host="127.0.0.1")``. A handler is an async
+            function of a stream. The stream is closed when the handler ends.
         shutdown: Ends the server: the connections in the accept queue are accepted, and the
             listeners are closed. The handlers may run until the grace period ends.
-        shared: Whether other processes accept from the same listeners (systemd, fork). They get
-            their share of the connections, and all that this server leaves in the queue. If this
-            is false by mistake, the others get no connections after the shutdown.
-        task_status: Gives `nursery.start` the listeners, or ``[]`` if a shutdown ended the start.
+        shared: Whether other processes accept from the same listeners (systemd, fork). If true,
+            they get their share of the connections, and all that are in the queue at a shutdown.
+            If it is false by mistake, they get no connections after the shutdown.
+        task_status: ``await nursery.start(serve_gracefully, …)`` returns the listeners. They are
+            ``[]`` if the shutdown began first.
 
     An `Exception` that a handler raises is logged to the logger ``trio_server``. It ends the
     connection, not the server. A `trio.BrokenResourceError` is one line at INFO, because clients
-    may reset their connections. The server waits for a handler that is shielded from cancellation.
+    may reset their connections. A handler that is shielded from cancellation has no time limit.
 
-    Two kinds of handlers may use up the whole grace period. The first waits for its client without
-    `Shutdown.move_on_after`. Tell it to finish, but only 2 s after `Shutdown.wait` returns: by
-    then no new connections arrive. The second has a client that keeps sending. End its loop when
-    `Shutdown.begun` is true.
+    Two kinds of handlers may use up the whole grace period. The first kind waits for its client
+    without `Shutdown.move_on_after`. If you cannot change it, tell it to finish 2 s after
+    `Shutdown.wait` has returned. Before that, it would end connections that have just been
+    accepted. The second kind has a client that keeps sending. End its loop when `Shutdown.begun`
+    is true.
 
     A TLS connection ends without a TLS goodbye (close_notify), unless the handler calls ``aclose``
     on its stream. The path of a Unix socket is not removed.
@@ -66,14 +70,14 @@ async def serve_gracefully(
     failure: Exception | None = None
     with shutdown.grace_scope():
         async with trio.open_nursery() as handlers:
-            starter = HandlerStarter(handlers, shared)
+            starter = HandlerStarter(handlers, shared)  # no listeners yet
             try:
                 await _accept(server, shutdown, starter, task_status)
             except* Exception as group:  # noqa: BLE001 - it is raised below
                 failure = unwrapped(group)
                 if starter.listeners:
                     logger.error("accepting failed, so the server shuts down: %r", failure)  # noqa: TRY400 - raised below
-                    if not shutdown.begun:
+                    if not shutdown.begun:  # A second call could shorten the grace period.
                         shutdown.begin()
     if starter.cancelled:
         logger.warning("handlers cancelled by the shutdown: %d", starter.cancelled)
@@ -92,7 +96,7 @@ async def _accept(
     """Accept connections until the shutdown begins, then close the listeners."""
     # The accept loops end before the handlers do, so they have a nursery of their own.
     async with trio.open_nursery() as accept_loops:
-        with shutdown.move_on_after(math.inf):  # A shutdown need not wait for a name lookup.
+        with shutdown.move_on_after(math.inf):  # A shutdown ends it: a name lookup may be slow.
             starter.listeners = await accept_loops.start(partial(server, handler_nursery=starter))
             task_status.started(starter.listeners)
         await shutdown.wait()
@@ -107,13 +111,17 @@ async def _stop_accepting(starter: HandlerStarter) -> None:
     sockets = [one.socket for one in transports if isinstance(one, trio.SocketListener)]
     if not starter.shared:
         filtered = [ignore_new_connections(one) for one in sockets]
+        # The filter lets a handshake that has begun go on. So if a client arrived within the last
+        # second, wait for others.
         if trio.current_time() < starter.last_accept + 1 or any_waiting(sockets):
-            await trio.sleep(HANDSHAKE_TIME)  # Clients are arriving, perhaps in a handshake.
+            await trio.sleep(HANDSHAKE_TIME)
+        # Where there is a filter, the queue can only shrink.
         with trio.move_on_after(math.inf if all(filtered) else EMPTYING_TIME):
             while any_waiting(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`
                 await trio.sleep(POLL_INTERVAL)
-    # No `await` between the last check and the close, so no connection can slip in. An accept
-    # loop that was about to run finds its socket closed: `ClosedResourceError`. That is harmless:
-    # it is about to be cancelled, and the checkpoint in `SocketListener.aclose` sees that first.
+    # No `await` between the last check and the close, so no connection can slip in. An accept loop
+    # that was about to run finds its socket closed, and raises `ClosedResourceError`. But it is
+    # cancelled by then. So on its way out, the checkpoint in `SocketListener.aclose` raises
+    # `Cancelled` instead.
     for one in sockets:
         one.close()

@@ -10,11 +10,11 @@ IDLE_TIME = 1.0  # seconds; enough for a request that is on its way, too short t
 
 
 class Shutdown:
-    """The graceful shutdown of one server, or of several that stop together.
+    """The graceful shutdown of one server, or of several that stop together. It happens once.
 
     ``idle_time`` is the number of seconds that a wait in `move_on_after` may still take once the
-    shutdown has begun. With 0, even a request that has arrived may stay unread. A negative number
-    or nan raises `ValueError`, here and in the methods.
+    shutdown has begun. With 0, waits end at once, even if a request has just arrived. A negative
+    number or nan raises `ValueError`, here and in the methods.
     """
 
     def __init__(self, idle_time: float = IDLE_TIME) -> None:
@@ -22,7 +22,7 @@ class Shutdown:
         self._idle_time = idle_time
         self._begun = trio.Event()
         self._grace_ends = math.inf
-        # For each scope of `move_on_after`: the seconds that it may last after `begin`.
+        # Each scope with the seconds that it may last after `begin`, while something refers to it.
         self._scopes: WeakKeyDictionary[trio.CancelScope, float] = WeakKeyDictionary()
 
     @property
@@ -45,46 +45,48 @@ class Shutdown:
         Then they are cancelled: with 0 immediately, with `math.inf` never. Calling this again can
         only shorten the time.
 
-        For a signal, use `trio.open_signal_receiver`: a handler of `signal.signal` must not call
-        this. In another thread, this raises `RuntimeError`. Call it there with
-        ``trio.from_thread.run_sync(stop.begin)`` if Trio has started the thread. Otherwise take a
-        ``token`` from `trio.lowlevel.current_trio_token` in Trio's thread first, and call
-        ``token.run_sync_soon(stop.begin)`` in yours.
+        This is for Trio's thread, while Trio runs; elsewhere it raises `RuntimeError`. A thread
+        that Trio has started can call ``trio.from_thread.run_sync(stop.begin)``. For any other
+        thread, take a ``token`` from `trio.lowlevel.current_trio_token` in Trio's thread first.
+        The other thread can then call ``token.run_sync_soon(stop.begin)``. So must a handler of
+        `signal.signal`, because it may run at any time. `trio.open_signal_receiver` is simpler.
         """
         check_seconds("grace_period", grace_period)
         try:
             now = trio.current_time()
         except RuntimeError:
             raise RuntimeError(
-                "begin was called outside Trio's thread: use trio.from_thread.run_sync(begin), or "
-                "token.run_sync_soon(begin) with a token from trio.lowlevel.current_trio_token()"
+                "begin works in Trio's thread only, while Trio runs. Elsewhere, use "
+                "trio.from_thread.run_sync(begin), or token.run_sync_soon(begin) with a token "
+                "from trio.lowlevel.current_trio_token()"
             ) from None
         self._grace_ends = min(self._grace_ends, now + grace_period)
         self._begun.set()
-        for scope, seconds_left in self._scopes.items():
-            if getattr(scope, "is_relative", False):  # made, but not entered yet
-                scope.relative_deadline = min(scope.relative_deadline, seconds_left, grace_period)
+        for scope, after_begin in self._scopes.items():
+            if getattr(scope, "is_relative", False):  # not entered yet (from Trio 0.27 on)
+                scope.relative_deadline = min(scope.relative_deadline, after_begin, grace_period)
             else:
-                scope.deadline = min(scope.deadline, now + seconds_left, self._grace_ends)
+                scope.deadline = min(scope.deadline, now + after_begin, self._grace_ends)
 
     def move_on_after(self, seconds: float) -> trio.CancelScope:
         """Limit a wait for a client to ``seconds``, as `trio.move_on_after` does.
 
-        A shutdown shortens it to the idle time. If the time ran out, ``cancelled_caught`` of the
-        scope is true. At the end of the grace period, the whole handler is cancelled.
+        Once the shutdown has begun, the wait may last for the idle time at most. That time counts
+        from the beginning of the shutdown, or of the wait if it begins later. If the time ran out,
+        ``cancelled_caught`` of the scope is true.
         """
         check_seconds("seconds", seconds)
         return self._scope(seconds, self._idle_time)
 
     def grace_scope(self) -> trio.CancelScope:
-        """Return a scope that is cancelled at the end of the grace period."""
+        """Return a scope that the end of the grace period cancels, as in `serve_gracefully`."""
         return self._scope(math.inf, math.inf)
 
-    def _scope(self, seconds: float, seconds_left: float) -> trio.CancelScope:
+    def _scope(self, seconds: float, after_begin: float) -> trio.CancelScope:
         if self.begun:
-            seconds = min(seconds, seconds_left, max(self._grace_ends - trio.current_time(), 0))
+            seconds = min(seconds, after_begin, max(self._grace_ends - trio.current_time(), 0))
         scope = trio.move_on_after(seconds)
-        self._scopes[scope] = seconds_left
+        self._scopes[scope] = after_begin
         return scope
 
 

@@ -10,14 +10,16 @@ from trio_server import Shutdown, serve_gracefully
 stop = Shutdown()
 
 
+async def receive(stream: trio.SocketStream) -> bytes:
+    with stop.move_on_after(30):  # Once the shutdown begins, 1 more second at most.
+        return await stream.receive_some()
+    return b""  # The time is up.
+
+
 async def echo(stream: trio.SocketStream) -> None:
-    while True:
-        with stop.move_on_after(30) as wait:  # Once the shutdown begins, 1 second is left.
-            data = await stream.receive_some()
-        if wait.cancelled_caught or not data:
-            break
+    while data := await receive(stream):
         await stream.send_all(data)
-        if stop.begun:
+        if stop.begun:  # Otherwise a client that keeps sending could delay the end.
             break
 
 
@@ -25,8 +27,8 @@ async def main() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve_gracefully, partial(trio.serve_tcp, echo, 1729), stop)
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            await anext(signals)  # After this block, a signal ends the program at once.
-        stop.begin()
+            await anext(signals)
+        stop.begin()  # From here on, a second signal ends the program at once, as usual.
 
 
 trio.run(main)
