@@ -72,8 +72,8 @@ class Shutdown:
         """Limit a wait for a client to ``seconds``, as `trio.move_on_after` does.
 
         Once the shutdown has begun, the wait may last for the idle time at most. That time counts
-        from the beginning of the shutdown, or of the wait if it begins later. If the time ran out,
-        ``cancelled_caught`` of the scope is true.
+        from the beginning of the shutdown, or of the wait if it begins later. Enter the scope at
+        once. If the time ran out, its ``cancelled_caught`` is true.
         """
         check_seconds("seconds", seconds)
         return self._scope(seconds, self._idle_time)

@@ -1,7 +1,8 @@
 """A line protocol: a client sends lines, and receives each of them in capitals a second later.
 
-Once a shutdown begins, the server answers each line that it has received, then disconnects the
-client. A client that has sent no line has one more second to send one.
+Once a shutdown begins, the server answers the lines that it has read, then disconnects the client.
+A line that arrives during this work is lost. A client that has sent no line has one more second to
+send one.
 """
 
 import signal
