@@ -1,8 +1,8 @@
 """A graceful shutdown for servers on Trio, and the demo that ``python -m trio_server`` runs.
 
 * `serve_gracefully` runs one of Trio's servers until `Shutdown.begin` is called.
-* `serve_connection` is a handler for one request and one reply. A responder makes the reply: an
-  async function from request to reply, such as `hello_world`. To fill it in, write
+* `serve_connection` is a handler for one request and one reply. It calls a responder: an async
+  function that turns a request into a reply, such as `hello_world`. Write
   ``partial(serve_connection, respond=hello_world, shutdown=stop)``.
 * `Account` records each connection as an `Exchange`, and counts how they ended (`Outcome`).
 
@@ -15,14 +15,14 @@ This echo server stops gracefully on SIGTERM or Ctrl-C, and immediately on a sec
     stop = Shutdown()
 
     async def receive(stream):
-        with stop.move_on_after(30):  # Once the shutdown begins, 1 more second at most.
+        with stop.move_on_after(30):  # A shutdown ends the wait within 1 second.
             return await stream.receive_some()
         return b""  # The time is up.
 
     async def echo(stream):
         while data := await receive(stream):
             await stream.send_all(data)
-            if stop.begun:  # Otherwise a client that keeps sending could delay the end.
+            if stop.begun:  # Otherwise a client that keeps sending could delay the exit.
                 break
 
     async def main():

@@ -36,7 +36,7 @@ def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.s
     accepted: list[socket.socket] = []
     if any_waiting([listener]):  # A cheap check: an `accept` that fails costs ten times as much.
         with (
-            suppress(OSError),  # The queue is empty, or Trio's next `accept` meets the error.
+            suppress(OSError),  # The queue is empty, or Trio's next `accept` raises the error.
             socket.fromfd(listener.fileno(), listener.family, listener.type) as duplicate,
         ):
             duplicate.settimeout(0)  # whatever `socket.setdefaulttimeout` says
@@ -46,7 +46,7 @@ def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.s
 
 
 def any_waiting(sockets: Iterable[trio.socket.SocketType]) -> bool:
-    """Return whether a socket is readable. For a listener: whether a connection is waiting."""
+    """Return whether any socket is readable. A listener is readable if a connection waits."""
     poll = select.poll()
     for one in sockets:
         if one.fileno() >= 0:  # -1 when closed

@@ -15,7 +15,7 @@ class Outcome(Enum):
     """How a connection ended."""
 
     ANSWERED = "answered"  # The kernel accepted the whole reply, and then saw no reset.
-    SENT_NOTHING = "sent nothing"  # The client closed, or a shutdown ended the wait for it.
+    SENT_NOTHING = "sent nothing"  # The client closed, or a shutdown ended the wait.
     WENT_AWAY = "went away"  # The client reset the connection, perhaps after the reply.
     TIMED_OUT = "timed out"  # The client sent no request in time, or did not read the reply.
     CUT_OFF = "cut off"  # The server was stopped before it had answered.
@@ -57,16 +57,16 @@ class Exchange:
 
 
 class Account:
-    """The connections of one server, or of several. Pass it to `serve_connection`."""
+    """A record of the connections of one server or of several. Pass it to `serve_connection`."""
 
     def __init__(self) -> None:
         self.open: dict[Exchange, None] = {}  # an ordered set, oldest first
-        self.ended: deque[Exchange] = deque(maxlen=50)  # the last ones, oldest first
+        self.ended: deque[Exchange] = deque(maxlen=50)  # the last 50, oldest first
         self.outcomes: Counter[Outcome] = Counter()  # how many exchanges ended in each way
 
     @property
     def in_flight(self) -> int:
-        """How many requests have arrived, and have neither been answered nor failed yet."""
+        """How many requests have arrived, but have neither been answered nor failed."""
         return sum(exchange.in_flight for exchange in self.open)
 
     def begin(self, peer: str) -> Exchange:
@@ -83,7 +83,7 @@ class Account:
         # Health checks, port scans and a browser's spare connections send nothing.
         level = logging.INFO if exchange.request else logging.DEBUG
         if logger.isEnabledFor(level):
-            logger.log(level, "%s", str(exchange))  # Made now, as it reads Trio's clock.
+            logger.log(level, "%s", str(exchange))  # `str` reads Trio's clock, so call it now.
 
     def totals(self) -> str:
         """Return the number of exchanges that have ended with each outcome, as text."""

@@ -31,13 +31,13 @@ async def serve_connection(
     Args:
         stream: The client's stream: TCP, TLS, a Unix socket or in memory. It is closed before this
             returns. Over TLS, a client that is still sending may lose the reply.
-        respond: Async function from request to reply, both `bytes`; it has no time limit. The
-            request is what a single `receive_some` returned: 1 to 1,024 bytes, perhaps only the
-            beginning of what the client sent. If the responder raises an exception, that is
-            logged, and the client gets no reply.
+        respond: Async function that turns a request into a reply, both `bytes`. It has no time
+            limit. The request is what a single `receive_some` returned: 1 to 1,024 bytes, perhaps
+            only the beginning of what the client sent. An exception in the responder is logged,
+            and the client gets no reply.
         client_timeout: The client has this many seconds to send its request, and the same again
-            to receive the reply and close. A negative number or nan is a `ValueError`.
-        shutdown: Shortens the wait for the request. Pass the one that `serve_gracefully` gets.
+            to receive the reply and close. A negative number or nan raises `ValueError`.
+        shutdown: Shortens the wait for the request. Pass it to `serve_gracefully`, too.
         account: Records the connection.
 
     Returns:
@@ -64,7 +64,7 @@ async def serve_connection(
             if error.__cause__:  # On Python 3.12 and 3.13, its traceback would be in a reference
                 error.__cause__.__traceback__ = None  # cycle, and keep the request in memory.
         finally:
-            # Cancelled before a request was read. If none has arrived, nothing was cut off.
+            # If this was cancelled before a request arrived, nothing was cut off.
             if exchange.outcome is Outcome.CUT_OFF and not exchange.request:
                 is_socket = isinstance(transport, trio.SocketStream)
                 if is_socket and not any_waiting([transport.socket]):

@@ -1,4 +1,4 @@
-"""Start the handlers: fast, and so that the failure of one does not end the server."""
+"""Start the handlers fast, and do not let the failure of one end the server."""
 
 import logging
 import math
@@ -42,7 +42,7 @@ class HandlerStarter:
         batch_is_scheduled = bool(self._accepted)
         self._accepted.append(stream)
         for listener in self.listeners:
-            # The `accept` of another listener may do more: a TLS handshake, for example.
+            # Other kinds of listeners may do more in `accept`.
             if type(listener) is trio.SocketListener and not self.shared:
                 room = MOST_ACCEPTED - len(self._accepted)
                 self._accepted += accept_waiting(listener.socket, room)
@@ -59,8 +59,8 @@ class HandlerStarter:
             self.nursery.start_soon(self._start_next_batch, handler)
 
     async def _start_next_batch(self, handler: Handler) -> None:
-        # This runs in the next scheduler pass, so the server accepts again before it. It runs even
-        # if it is cancelled, as it has no checkpoint. So each connection gets a `_run_handler`.
+        # The server accepts again before this runs. This has no checkpoint, so it runs even if it
+        # is cancelled. So each connection gets a `_run_handler`.
         self._start_batch(handler)
 
     async def _run_handler(self, handler: Handler, stream: trio.abc.AsyncResource) -> None:

@@ -35,17 +35,17 @@ async def serve_gracefully(
         server: `trio.serve_tcp`, `trio.serve_ssl_over_tcp` or `trio.serve_listeners`, with all
             arguments but ``handler_nursery`` filled in:
             ``partial(trio.serve_tcp, handler, 1729, host="127.0.0.1")``. A handler is an async
-            function of a stream. The stream is closed when the handler ends.
+            function that takes a stream. The stream is closed when the handler ends.
         shutdown: Ends the server: the connections in the accept queue are accepted, and the
             listeners are closed. The handlers may run until the grace period ends.
         shared: Whether other processes accept from the same listeners (systemd, fork). If true,
-            they get their share of the connections, and all that are in the queue at a shutdown.
+            they get their share, and at a shutdown all connections that are still in the queue.
             If it is false by mistake, they get no connections after the shutdown.
-        task_status: ``await nursery.start(serve_gracefully, …)`` returns the listeners. They are
-            ``[]`` if the shutdown began first.
+        task_status: ``await nursery.start(serve_gracefully, …)`` returns the listeners, or ``[]``
+            if the shutdown began first.
 
     An `Exception` that a handler raises is logged to the logger ``trio_server``. It ends the
-    connection, not the server. A `trio.BrokenResourceError` is one line at INFO, because clients
+    connection, not the server. A `trio.BrokenResourceError` gets one line at INFO, because clients
     may reset their connections. A handler that is shielded from cancellation has no time limit.
 
     Two kinds of handlers may use up the whole grace period. The first kind waits for its client
@@ -59,8 +59,8 @@ async def serve_gracefully(
 
     Raises:
         TypeError: ``server`` is not one of Trio's servers with these arguments filled in.
-        OSError: The server could not start: its port is taken, for example. Or accepting failed
-            later: the shutdown begins, and this is raised when the handlers have ended.
+        OSError: The server could not start: its port is taken, for example. If accepting fails
+            later, the shutdown begins, and this is raised when the handlers have ended.
     """
     try:
         inspect.signature(server).bind(handler_nursery=None, task_status=None)
@@ -96,7 +96,7 @@ async def _accept(
     """Accept connections until the shutdown begins, then close the listeners."""
     # The accept loops end before the handlers do, so they have a nursery of their own.
     async with trio.open_nursery() as accept_loops:
-        with shutdown.move_on_after(math.inf):  # A shutdown ends it: a name lookup may be slow.
+        with shutdown.move_on_after(math.inf):  # A shutdown cuts short a slow name lookup.
             starter.listeners = await accept_loops.start(partial(server, handler_nursery=starter))
             task_status.started(starter.listeners)
         await shutdown.wait()

@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 import trio
 
 GRACE_PERIOD = 30.0  # seconds; process managers send SIGKILL: Docker after 10, systemd after 90
-IDLE_TIME = 1.0  # seconds; enough for a request that is on its way, too short to delay the end
+IDLE_TIME = 1.0  # seconds; enough for a request that is on its way, too short to delay the exit
 
 
 class Shutdown:
@@ -22,7 +22,7 @@ class Shutdown:
         self._idle_time = idle_time
         self._begun = trio.Event()
         self._grace_ends = math.inf
-        # Each scope with the seconds that it may last after `begin`, while something refers to it.
+        # The seconds that a scope may last after `begin`. A scope that nothing uses drops out.
         self._scopes: WeakKeyDictionary[trio.CancelScope, float] = WeakKeyDictionary()
 
     @property
@@ -45,18 +45,19 @@ class Shutdown:
         Then they are cancelled: with 0 immediately, with `math.inf` never. Calling this again can
         only shorten the time.
 
-        This is for Trio's thread, while Trio runs; elsewhere it raises `RuntimeError`. A thread
+        Call this in Trio's thread while Trio runs. Elsewhere it raises `RuntimeError`. A thread
         that Trio has started can call ``trio.from_thread.run_sync(stop.begin)``. For any other
         thread, take a ``token`` from `trio.lowlevel.current_trio_token` in Trio's thread first.
-        The other thread can then call ``token.run_sync_soon(stop.begin)``. So must a handler of
-        `signal.signal`, because it may run at any time. `trio.open_signal_receiver` is simpler.
+        The other thread can then call ``token.run_sync_soon(stop.begin)``. A handler of
+        `signal.signal` must do the same, because it may run at any time.
+        `trio.open_signal_receiver` is simpler.
         """
         check_seconds("grace_period", grace_period)
         try:
             now = trio.current_time()
         except RuntimeError:
             raise RuntimeError(
-                "begin works in Trio's thread only, while Trio runs. Elsewhere, use "
+                "begin works only in Trio's thread, while Trio runs. Elsewhere, use "
                 "trio.from_thread.run_sync(begin), or token.run_sync_soon(begin) with a token "
                 "from trio.lowlevel.current_trio_token()"
             ) from None
@@ -72,7 +73,7 @@ class Shutdown:
         """Limit a wait for a client to ``seconds``, as `trio.move_on_after` does.
 
         Once the shutdown has begun, the wait may last for the idle time at most. That time counts
-        from the beginning of the shutdown, or of the wait if it begins later. Enter the scope at
+        from the beginning of the shutdown, or of the wait if that is later. Enter the scope at
         once. If the time ran out, its ``cancelled_caught`` is true.
         """
         check_seconds("seconds", seconds)

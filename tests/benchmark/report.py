@@ -145,7 +145,7 @@ def print_stops(plan: Plan, results: Results) -> None:
         f"a connection of its own and takes {STOP_DELAY:g} s of work. After {plan.load_time:g} s "
         "the server receives SIGTERM. The clients continue until the port refuses connections. "
         "A request is lost if its connection was established and its reply did not arrive "
-        "whole.\n"
+        "in full.\n"
     )
     print_row("server", "lost, in each stop", "answered, in all", "seconds until it ended")
     print_row("---", *["---:"] * 3)
@@ -168,7 +168,7 @@ def print_instructions(plan: Plan, results: Results) -> None:
     print(
         "### Instructions per connection\n\n"
         f"valgrind counts the instructions in user space of {few:,} and of {many:,} requests from "
-        f"{COUNTED_CLIENTS} clients, without work. A connection takes the difference divided by "
+        f"{COUNTED_CLIENTS} clients, without work. The table shows the difference divided by "
         f"{many - few:,}. The ratio to the {FIFTEEN.name} is in parentheses.\n"
     )
     print_row("server", "thousands of instructions")
@@ -186,12 +186,12 @@ def print_speed(kinds: list[Kind], plan: Plan, results: Results) -> None:
         f"The table shows medians of {plan.rounds} rounds. The servers share the cores with ab. "
         f"The ratio to the {FIFTEEN.name} is in parentheses.\n\n"
         f"- p50, p99, max, KB: {plan.at_once:,} connections at once, {plan.delay:g} s of work "
-        "each. p99 is the time that 99 of 100 requests stay below. The times exclude the work. "
-        "KB is the memory per connection.\n"
+        "each. 99 of 100 requests take less than p99, and half take less than p50. The times "
+        "exclude the work. KB is the memory per connection.\n"
         "- Queue full: how often the kernel ignored one of these clients, because the accept "
         "queue was full. The client tries again a second later.\n"
-        f"- Requests per second and processor time per connection: {plan.requests:,} requests, "
-        f"{CLIENTS} at once, without work.\n"
+        f"- Requests/s and CPU: {plan.requests:,} requests, {CLIENTS} at once, without work. "
+        "The C floor is what the kernel alone costs.\n"
     )
     measured = ("p50 ms", "p99 ms", "max ms", "KB", "requests/s", "CPU µs")
     print_row("server", *measured, "failed", "queue full")
@@ -232,7 +232,7 @@ def print_growth(kinds: list[Kind], plan: Plan, results: Results) -> None:
     print(
         "### The p99 by number of connections\n\n"
         f"The times are in milliseconds and exclude the {plan.delay:g} s of work. The column for "
-        f"{plan.at_once:,} is the median of all rounds, and the others are one round.\n"
+        f"{plan.at_once:,} is the median of all rounds, and the others are from one round.\n"
     )
     print_row("connections at once", *(f"{size:,}" for size in sizes))
     print_row("---", *["---:"] * len(sizes))
@@ -257,8 +257,8 @@ def print_shared(results: Results) -> None:
 def print_crowds(plan: Plan, results: Results) -> None:
     """Print the results of several processes that share a socket."""
     print(
-        f"{plan.many:,} connections at once on four processes that share a socket. The "
-        f"{CROWD_LOADS} ab that make them use most of the processor.\n"
+        f"Four processes share a socket and get {plan.many:,} connections at once. The "
+        f"{CROWD_LOADS} ab use most of the processor.\n"
     )
     print_row("four processes", "p99 ms", "MB in all", "CPU µs", "failed")
     print_row("---", *["---:"] * 4)

@@ -3,7 +3,7 @@
 What a client gets when the server receives SIGTERM:
 
 * A request in flight has 30 seconds to be answered in full, even if its reply is a stream. If the
-  reply has not begun yet, it has the header field "Connection: close", so a keep-alive client
+  reply has not begun yet, it gets the header field "Connection: close", so a keep-alive client
   sends no further request.
 * A reply that has begun cannot have this field. If such a reply lasts for more than 2 seconds
   after the signal, the next request on its connection is lost. That request may also delay the
@@ -60,7 +60,7 @@ async def stop_on_signal() -> None:
 async def tell_hypercorn(config: Config, context: WorkerContext) -> None:
     await stop.wait()
     # Each reply that begins now has "Connection: close". With HTTP/2, hypercorn 0.18.0 would lose
-    # the next request of each connection: if your clients use HTTP/2, remove this line.
+    # the next request of each connection: if your clients use HTTP/2, remove the line below.
     config.keep_alive_max_requests = 0
     # If hypercorn knew of the shutdown now, it would close connections that it has just accepted.
     await trio.sleep(2)

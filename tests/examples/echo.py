@@ -11,7 +11,7 @@ stop = Shutdown()
 
 
 async def receive(stream: trio.SocketStream) -> bytes:
-    with stop.move_on_after(30):  # Once the shutdown begins, 1 more second at most.
+    with stop.move_on_after(30):  # A shutdown ends the wait within 1 second.
         return await stream.receive_some()
     return b""  # The time is up.
 
@@ -19,7 +19,7 @@ async def receive(stream: trio.SocketStream) -> bytes:
 async def echo(stream: trio.SocketStream) -> None:
     while data := await receive(stream):
         await stream.send_all(data)
-        if stop.begun:  # Otherwise a client that keeps sending could delay the end.
+        if stop.begun:  # Otherwise a client that keeps sending could delay the exit.
             break
 
 

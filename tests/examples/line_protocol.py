@@ -30,7 +30,7 @@ async def serve_lines(stream: trio.SocketStream) -> None:
         await trio.sleep(1)  # The work is outside the block, so a shutdown lets it finish.
         with trio.fail_after(30):  # It is an error if the client does not read its replies.
             await stream.send_all(line.upper() + b"\n")
-        if stop.begun and not received:  # Otherwise a busy client would delay the end.
+        if stop.begun and not received:  # Otherwise a busy client would delay the exit.
             return
 
 

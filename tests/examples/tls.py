@@ -18,7 +18,7 @@ stop = Shutdown()
 async def main() -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(sys.argv[1])
-    respond = partial(hello_world, delay=1)  # A responder: bytes to bytes.
+    respond = partial(hello_world, delay=1)  # a responder
     handler = partial(serve_connection, respond=respond, shutdown=stop)
     server = partial(trio.serve_ssl_over_tcp, handler, 1729, context)
     async with trio.open_nursery() as nursery:

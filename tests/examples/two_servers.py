@@ -14,7 +14,7 @@ stop = Shutdown()
 async def admin(stream: trio.SocketStream) -> None:
     with stop.move_on_after(30):
         if (await stream.receive_some()).strip() == b"stop":
-            stop.begin()  # This returns immediately. This handler goes on, as all others do.
+            stop.begin()  # `begin` returns at once. This handler goes on, like all others.
             await stream.send_all(b"stopping\n")
 
 
@@ -38,7 +38,7 @@ async def main() -> None:
             local = partial(trio.serve_listeners, admin, [trio.SocketListener(unix)])
             await servers.start(serve_gracefully, local, stop)
         await ADMIN.unlink()  # Trio does not remove it.
-        nursery.cancel_scope.cancel()  # The admin may have stopped the servers, not a signal.
+        nursery.cancel_scope.cancel()  # `stop_on_signal` may still be waiting.
 
 
 trio.run(main)

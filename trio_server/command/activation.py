@@ -1,4 +1,4 @@
-"""The process manager: the listening sockets that it passes in, and the state that it is told."""
+"""The process manager: take the sockets that it passes in, and report the state to it."""
 
 import os
 import socket

@@ -15,7 +15,7 @@ from functools import lru_cache
 from queue import SimpleQueue
 
 BUFFER_SIZE = 10_000  # lines, about a megabyte; a few seconds of a busy server
-GATHERING_TIME = 0.1  # seconds, too short to notice; lines that come meanwhile share a write
+GATHERING_TIME = 0.1  # seconds, too short to notice; lines that arrive meanwhile share a write
 LAST_SECOND = 1.0  # seconds for the last lines, when the process ends
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}  # syslog(3)
 
@@ -33,13 +33,13 @@ class Log(logging.Handler):
         self._dropped = 0
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        with suppress(RuntimeError):  # The limit of processes is reached.
+        with suppress(RuntimeError):  # The limit on processes is reached.
             self._thread.start()
         stderr = os.fstat(2)  # If that is the journal, this variable says so: systemd.exec(5).
         self._journal = os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a record as text, with its time, or for the journal with its priority."""
+        """Return a record as text, with its time or, for the journal, its priority."""
         text = super().format(record)
         if self._journal:
             prefix = f"<{PRIORITIES.get(record.levelname, 6)}>"  # sd-daemon(3)
@@ -81,7 +81,7 @@ def write_all(descriptor: int, text: str, patience: float | None = None) -> None
     # Python's file object is not used: its lock would block the exit if this thread is stuck.
     with suppress(OSError):
         while data and select.select((), (descriptor,), (), patience)[1]:
-            with suppress(BlockingIOError):  # It is non-blocking, and another writer filled it.
+            with suppress(BlockingIOError):  # Another writer may fill a non-blocking pipe.
                 data = data[os.write(descriptor, data) :]
 
 
@@ -92,7 +92,7 @@ def format_time(second: int) -> str:
 
 
 class OncePerSecond(logging.Filter):
-    """Passes one record a second, without a traceback: at the limit of files, Trio logs ten."""
+    """Passes one record a second, without a traceback: at the file limit, Trio logs ten."""
 
     _next = 0.0
 
@@ -106,7 +106,7 @@ class OncePerSecond(logging.Filter):
 
 
 def set_up_logging(level: str) -> logging.Handler:
-    """Log to stderr from this level up. Return the handler, which has to be closed at the end."""
+    """Log to stderr from this level up. Return the handler, which must be closed at the end."""
     log = logging.NullHandler() if sys.stderr is None else Log()
     logging.basicConfig(handlers=[log], level=level.upper(), format="%(message)s")
     logging.getLogger("trio.serve_listeners").addFilter(OncePerSecond())

@@ -1,4 +1,4 @@
-"""Signals: the first one begins the shutdown, a second one ends it; SIGUSR1 logs the status."""
+"""Signals: one begins the shutdown, a second one cuts it short; SIGUSR1 logs the status."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ logger: logging.Logger = logging.getLogger("trio_server")
 
 
 def exit_on_stop_signals() -> list[signal.Signals]:
-    """Let stop signals end the process, unless ignored as under `nohup`; return those that do.
+    """Let the stop signals that are not ignored (`nohup`) end the process. Return them.
 
     Process 1 of a container needs the handlers: without them, the kernel ignores the signals.
     """

@@ -14,7 +14,7 @@ from trio_server.account import Account, Exchange, Outcome
 from trio_server.command.log import BUFFER_SIZE, GATHERING_TIME, LAST_SECOND, write_all
 from trio_server.shutdown import Shutdown
 
-ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # the other screen, without a cursor
+ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # alternate screen, without a cursor
 ASCII = str.maketrans("█▌░·─…", "#=.|-~")  # for a locale without these
 
 
@@ -30,7 +30,7 @@ class View:
         self.warnings.setLevel(logging.WARNING)
 
     async def show(self) -> None:
-        """Draw until cancelled, then leave the terminal as it was, and log the warnings again."""
+        """Draw until cancelled, then restore the terminal, and log the warnings again."""
         one = trio.CapacityLimiter(1)  # The writes keep their order, even if one is abandoned.
         in_thread = partial(trio.to_thread.run_sync, abandon_on_cancel=True, limiter=one)
         log, shared = logging.root.handlers, os.path.sameopenfile(1, 2)  # noqa: ASYNC240
@@ -48,7 +48,7 @@ class View:
                 with trio.CancelScope(deadline=trio.current_time() + LAST_SECOND, shield=True):
                     await in_thread(write_all, 1, LEAVE)
         except Exception:
-            logging.getLogger("trio_server").exception("the view failed; the server goes on")
+            logging.getLogger("trio_server").exception("the view failed; the server keeps running")
         finally:
             logging.root.handlers = log
             self.warnings.close()
