@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -149,8 +150,8 @@ def echo_disconnects_an_idle_client_at_sigterm_and_at_ctrl_c(starter: Starter) -
 
 
 @side_by_side
-def a_second_signal_ends_echo_at_once(starter: Starter) -> None:
-    echo = starter.run("echo.py")
+def a_second_signal_leaves_the_handlers_less_time(starter: Starter) -> None:
+    echo = starter.run("echo.py", {"begin(5": "begin(0.5"})
     with echo.connect() as client:  # It does not read, so the server cannot send all.
         client.settimeout(0.5)
         with pytest.raises(TimeoutError):
@@ -158,7 +159,21 @@ def a_second_signal_ends_echo_at_once(starter: Starter) -> None:
         echo.process.kill(signal.SIGINT)
         echo.process.wait_until(echo.refuses_connections)
         echo.process.kill(signal.SIGTERM)
-        assert echo.process.wait() == -signal.SIGTERM
+        assert echo.process.wait() == 0  # The grace period is longer than this waits.
+    assert "cancelled by the shutdown: 1" in echo.process.stderr
+    assert "Traceback" not in echo.process.stderr
+
+
+@side_by_side
+def a_stop_that_arrives_as_two_signals_loses_nothing(starter: Starter) -> None:
+    lines = starter.run("line_protocol.py")
+    with lines.connect(b"one\n") as client:
+        time.sleep(0.5)  # The server works on the line for a second.
+        lines.process.kill(signal.SIGINT)
+        time.sleep(0.05)
+        lines.process.kill(signal.SIGINT)
+        assert receive_all(client) == b"ONE\n"
+    lines.assert_it_ended_well()
 
 
 @side_by_side

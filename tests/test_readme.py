@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -97,6 +98,18 @@ def test_without_draining_a_reply_is_lost(start: Start, tmp_path: Path) -> None:
     process = broken(start, tmp_path, 2, "--delay", "0")
     with process.connect() as client, pytest.raises(ConnectionError):
         client.sendall(b"x" * 40_000_000)
+
+
+def test_without_the_shutdown_a_silent_client_delays_the_exit(
+    start: Start, tmp_path: Path
+) -> None:
+    process = broken(start, tmp_path, 3, "--client-timeout", "2")
+    begun = time.monotonic()
+    with process.connect() as client:
+        process.wait_for_status("1 open")
+        process.kill(signal.SIGINT)
+        assert not client.recv(1)
+        assert time.monotonic() - begun >= 2
 
 
 def anchors(page: Path) -> set[str]:

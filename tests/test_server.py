@@ -32,13 +32,13 @@ from streams import (
     tls_contexts,
     until,
 )
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
 from trio_server import Outcome, Shutdown, hello_world, serve_connection, serve_gracefully
 from trio_server import handlers as handlers_module
 from trio_server import server as server_module
 from trio_server.accept_queue import accept_waiting, any_waiting
-from trio_server.handlers import BATCH
+from trio_server.handlers import BATCH, HandlerStarter
 from trio_server.responder import REPLY
 from trio_server.server import EMPTYING_TIME, HANDSHAKE_TIME
 from trio_server.shutdown import IDLE_TIME
@@ -210,6 +210,29 @@ async def test_trio_starts_a_handler_in_the_way_that_is_relied_on(nursery: trio.
     assert handler is nothing
     await stream.aclose()
     nursery.cancel_scope.cancel()
+
+
+async def test_a_handler_is_also_started_in_the_way_that_trio_documents(
+    autojump_clock: MockClock,
+) -> None:
+    seen = []
+
+    async def handler(stream: trio.abc.Stream) -> None:
+        seen.append(stream)
+
+    async def serve(
+        *, handler_nursery: HandlerStarter, task_status: trio.TaskStatus[list[object]]
+    ) -> None:
+        task_status.started([])
+        handler_nursery.start_soon(handler, stream)
+        await trio.sleep_forever()
+
+    shutdown, (_client, stream) = Shutdown(), memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_gracefully, serve, shutdown)
+        await wait_all_tasks_blocked()
+        shutdown.begin(5)
+    assert seen == [stream]
 
 
 async def serve_queued(nursery: trio.Nursery, number: int, *, shared: bool = False) -> list[bool]:

@@ -30,13 +30,13 @@ DROP_NEW_CONNECTIONS = array("B", b"".join(struct.pack("HBBI", *one) for one in 
 def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.socket]:
     """Accept up to ``most`` connections from the queue in order, without a checkpoint.
 
-    Trio's `accept` takes one scheduler pass for each. Making streams of them here would take so
-    long that a fast client could fill the queue meanwhile.
+    Trio's `accept` lets other tasks run before each connection. This returns plain sockets,
+    because making streams takes so long that the queue could fill meanwhile.
     """
     accepted: list[socket.socket] = []
     if any_waiting([listener]):  # A cheap check: an `accept` that fails costs ten times as much.
         with (
-            suppress(OSError),  # The queue is empty, or Trio's next `accept` raises the error.
+            suppress(OSError),  # The queue is empty. Or Trio's next `accept` handles the error.
             socket.fromfd(listener.fileno(), listener.family, listener.type) as duplicate,
         ):
             duplicate.settimeout(0)  # whatever `socket.setdefaulttimeout` says

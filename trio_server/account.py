@@ -14,7 +14,7 @@ logger: logging.Logger = logging.getLogger("trio_server")
 class Outcome(Enum):
     """How a connection ended."""
 
-    ANSWERED = "answered"  # The kernel accepted the whole reply, and then saw no reset.
+    ANSWERED = "answered"  # The kernel took the whole reply, and the client sent no reset.
     SENT_NOTHING = "sent nothing"  # The client closed, or a shutdown ended the wait.
     WENT_AWAY = "went away"  # The client reset the connection, perhaps after the reply.
     TIMED_OUT = "timed out"  # The client sent no request in time, or did not read the reply.

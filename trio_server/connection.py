@@ -61,10 +61,12 @@ async def serve_connection(
                 exchange.outcome = Outcome.TIMED_OUT if timed_out else Outcome.SENT_NOTHING
         except trio.BrokenResourceError as error:
             exchange.outcome = Outcome.WENT_AWAY
-            if error.__cause__:  # On Python 3.12 and 3.13, its traceback would be in a reference
-                error.__cause__.__traceback__ = None  # cycle, and keep the request in memory.
+            # On Python 3.12 and 3.13, this traceback would form a reference cycle, and keep the
+            # request in memory.
+            if error.__cause__:
+                error.__cause__.__traceback__ = None
         finally:
-            # If this was cancelled before a request arrived, nothing was cut off.
+            # Cancelled before a request was read. If none has arrived either, nothing was cut off.
             if exchange.outcome is Outcome.CUT_OFF and not exchange.request:
                 is_socket = isinstance(transport, trio.SocketStream)
                 if is_socket and not any_waiting([transport.socket]):
@@ -78,9 +80,8 @@ async def _answer(
 ) -> None:
     """Make the reply, send it, half-close and drain."""
     try:
-        reply = memoryview(await respond(exchange.request)).cast(
-            "B"
-        )  # a `TypeError` if it is a `str`
+        # This accepts any bytes-like object. A `str` or `None` raises `TypeError`.
+        reply = memoryview(await respond(exchange.request)).cast("B")
     except* Exception as group:
         exchange.outcome = Outcome.FAILED
         logger.error("%s: the responder failed", exchange.peer, exc_info=unwrapped(group))  # noqa: TRY400

@@ -13,7 +13,7 @@ import trio
 from trio_server.accept_queue import accept_waiting
 from trio_server.connection import peer_name, unwrapped
 
-BATCH = 64  # handlers that start in one scheduler pass; then the server accepts again
+BATCH = 64  # handlers that start before the server accepts again
 MOST_ACCEPTED = 10_000  # connections that wait for their handler to start
 
 Handler: TypeAlias = Callable[[Any], Awaitable[object]]
@@ -31,13 +31,14 @@ class HandlerStarter:
     cancelled: int = 0  # handlers
     _accepted: deque[Any] = field(default_factory=deque)  # streams or sockets, without a handler
 
-    def start_soon(self, _: object, stream: trio.abc.AsyncResource, handler: Handler) -> None:
+    def start_soon(self, run: Handler, stream: trio.abc.AsyncResource, *args: Handler) -> None:
         """Accept all connections in the accept queue, then start the handlers in batches.
 
         A client that finds the queue full tries again after a second. So accepting comes first,
-        and 10,000 clients at once do not fill the queue. The first argument is Trio's function
-        that runs the handler and closes the stream. `_run_handler` replaces it.
+        and 10,000 clients at once do not fill the queue. Trio documents the arguments
+        ``handler, stream``. What it passes is: a function of its own, the stream, the handler.
         """
+        handler = args[0] if args else run
         self.last_accept = trio.current_time()
         batch_is_scheduled = bool(self._accepted)
         self._accepted.append(stream)
@@ -59,8 +60,8 @@ class HandlerStarter:
             self.nursery.start_soon(self._start_next_batch, handler)
 
     async def _start_next_batch(self, handler: Handler) -> None:
-        # The server accepts again before this runs. This has no checkpoint, so it runs even if it
-        # is cancelled. So each connection gets a `_run_handler`.
+        # The server accepts again before this runs. A cancellation acts only at a checkpoint, and
+        # this has none. So it always runs, and each connection gets a `_run_handler`.
         self._start_batch(handler)
 
     async def _run_handler(self, handler: Handler, stream: trio.abc.AsyncResource) -> None:

@@ -39,20 +39,23 @@ async def serve_gracefully(
         shutdown: Ends the server: the connections in the accept queue are accepted, and the
             listeners are closed. The handlers may run until the grace period ends.
         shared: Whether other processes accept from the same listeners (systemd, fork). If true,
-            they get their share, and at a shutdown all connections that are still in the queue.
-            If it is false by mistake, they get no connections after the shutdown.
+            they get their share of the connections, and at a shutdown those in the accept queue.
+            If it is false by mistake, a shutdown makes the kernel drop their new clients, too.
         task_status: ``await nursery.start(serve_gracefully, …)`` returns the listeners, or ``[]``
             if the shutdown began first.
 
     An `Exception` that a handler raises is logged to the logger ``trio_server``. It ends the
     connection, not the server. A `trio.BrokenResourceError` gets one line at INFO, because clients
-    may reset their connections. A handler that is shielded from cancellation has no time limit.
+    may reset their connections. If it can come from another stream, catch it yourself. A handler
+    that is shielded from cancellation has no time limit.
 
     Two kinds of handlers may use up the whole grace period. The first kind waits for its client
-    without `Shutdown.move_on_after`. If you cannot change it, tell it to finish 2 s after
-    `Shutdown.wait` has returned. Before that, it would end connections that have just been
+    without `Shutdown.move_on_after`. If you cannot change it, await `Shutdown.wait`, sleep for
+    2 s, and then tell it to finish. Told earlier, it would close connections that were just
     accepted. The second kind has a client that keeps sending. End its loop when `Shutdown.begun`
     is true.
+
+    If this function is cancelled, the handlers are cancelled at once.
 
     A TLS connection ends without a TLS goodbye (close_notify), unless the handler calls ``aclose``
     on its stream. The path of a Unix socket is not removed.
@@ -77,13 +80,13 @@ async def serve_gracefully(
                 failure = unwrapped(group)
                 if starter.listeners:
                     logger.error("accepting failed, so the server shuts down: %r", failure)  # noqa: TRY400 - raised below
-                    if not shutdown.begun:  # A second call could shorten the grace period.
+                    if not shutdown.begun:  # Its 30 s could shorten the grace period.
                         shutdown.begin()
     if starter.cancelled:
         logger.warning("handlers cancelled by the shutdown: %d", starter.cancelled)
     if failure is not None:
         raise failure
-    if not starter.listeners:
+    if not starter.listeners:  # The shutdown began before the server listened.
         task_status.started([])
 
 
@@ -96,15 +99,14 @@ async def _accept(
     """Accept connections until the shutdown begins, then close the listeners."""
     # The accept loops end before the handlers do, so they have a nursery of their own.
     async with trio.open_nursery() as accept_loops:
-        with shutdown.move_on_after(math.inf):  # A shutdown cuts short a slow name lookup.
+        with shutdown.move_on_after(math.inf):  # A shutdown ends a slow name lookup.
             starter.listeners = await accept_loops.start(partial(server, handler_nursery=starter))
             task_status.started(starter.listeners)
         await shutdown.wait()
-        await _stop_accepting(starter)
-        accept_loops.cancel_scope.cancel()
+        await _stop_accepting(starter, accept_loops.cancel_scope)
 
 
-async def _stop_accepting(starter: HandlerStarter) -> None:
+async def _stop_accepting(starter: HandlerStarter, accept_loops: trio.CancelScope) -> None:
     """Accept the connections in the accept queue, then close the listeners."""
     # With TLS, the transport has the socket. A listener in memory has no socket.
     transports = (getattr(one, "transport_listener", one) for one in starter.listeners)
@@ -120,8 +122,8 @@ async def _stop_accepting(starter: HandlerStarter) -> None:
             while any_waiting(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`
                 await trio.sleep(POLL_INTERVAL)
     # No `await` between the last check and the close, so no connection can slip in. An accept loop
-    # that was about to run finds its socket closed, and raises `ClosedResourceError`. But it is
-    # cancelled by then. So on its way out, the checkpoint in `SocketListener.aclose` raises
-    # `Cancelled` instead.
+    # that was about to run finds its socket closed: `ClosedResourceError`. As it is cancelled, the
+    # checkpoint in `SocketListener.aclose` replaces this error by `Cancelled`.
+    accept_loops.cancel()
     for one in sockets:
         one.close()

@@ -22,7 +22,8 @@ class Shutdown:
         self._idle_time = idle_time
         self._begun = trio.Event()
         self._grace_ends = math.inf
-        # The seconds that a scope may last after `begin`. A scope that nothing uses drops out.
+        # The seconds that each scope may last after `begin`. The references are weak, so a scope
+        # that has ended drops out.
         self._scopes: WeakKeyDictionary[trio.CancelScope, float] = WeakKeyDictionary()
 
     @property
@@ -64,7 +65,8 @@ class Shutdown:
         self._grace_ends = min(self._grace_ends, now + grace_period)
         self._begun.set()
         for scope, after_begin in self._scopes.items():
-            if getattr(scope, "is_relative", False):  # not entered yet (from Trio 0.27 on)
+            if getattr(scope, "is_relative", False):
+                # Its block has not begun. From Trio 0.27 on, it has no absolute deadline yet.
                 scope.relative_deadline = min(scope.relative_deadline, after_begin, grace_period)
             else:
                 scope.deadline = min(scope.deadline, now + after_begin, self._grace_ends)
@@ -74,7 +76,7 @@ class Shutdown:
 
         Once the shutdown has begun, the wait may last for the idle time at most. That time counts
         from the beginning of the shutdown, or of the wait if that is later. Enter the scope at
-        once. If the time ran out, its ``cancelled_caught`` is true.
+        once, and do not change its deadline. Its ``cancelled_caught`` is true if the time ran out.
         """
         check_seconds("seconds", seconds)
         return self._scope(seconds, self._idle_time)

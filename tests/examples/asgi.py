@@ -51,10 +51,10 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "websocket.close", "code": 1001})
 
 
-async def stop_on_signal() -> None:
+async def stop_on_signals() -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        await anext(signals)
-    stop.begin()
+        async for _ in signals:
+            stop.begin(5 if stop.begun else 30)
 
 
 async def tell_hypercorn(config: Config, context: WorkerContext) -> None:
@@ -73,12 +73,13 @@ async def main() -> None:
     lifespan = Lifespan(wrapped, config, state)
     handler = partial(TCPServer, wrapped, config, context, state)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop_on_signal)
+        nursery.start_soon(stop_on_signals)
         nursery.start_soon(tell_hypercorn, config, context)
         await nursery.start(lifespan.handle_lifespan)
         await lifespan.wait_for_startup()
         await serve_gracefully(partial(trio.serve_tcp, handler, 1729), stop)
         await lifespan.wait_for_shutdown()
+        nursery.cancel_scope.cancel()
 
 
 trio.run(main)

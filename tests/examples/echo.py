@@ -1,4 +1,4 @@
-"""An echo server. SIGTERM or Ctrl-C stops it gracefully, and a second one immediately."""
+"""An echo server. SIGTERM or Ctrl-C stops it gracefully."""
 
 import signal
 from functools import partial
@@ -11,24 +11,30 @@ stop = Shutdown()
 
 
 async def receive(stream: trio.SocketStream) -> bytes:
-    with stop.move_on_after(30):  # A shutdown ends the wait within 1 second.
+    with stop.move_on_after(30):  # Seconds. A shutdown leaves 1 at most.
         return await stream.receive_some()
     return b""  # The time is up.
 
 
 async def echo(stream: trio.SocketStream) -> None:
     while data := await receive(stream):
-        await stream.send_all(data)
+        with trio.fail_after(30):  # It is an error if the client does not read.
+            await stream.send_all(data)
         if stop.begun:  # Otherwise a client that keeps sending could delay the exit.
             break
 
 
+async def stop_on_signals() -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            stop.begin(5 if stop.begun else 30)  # seconds for the handlers
+
+
 async def main() -> None:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve_gracefully, partial(trio.serve_tcp, echo, 1729), stop)
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            await anext(signals)
-        stop.begin()  # From here on, a second signal ends the program at once, as usual.
+        nursery.start_soon(stop_on_signals)
+        await serve_gracefully(partial(trio.serve_tcp, echo, 1729), stop)
+        nursery.cancel_scope.cancel()  # This ends `stop_on_signals`.
 
 
 trio.run(main)

@@ -34,12 +34,17 @@ async def serve_lines(stream: trio.SocketStream) -> None:
             return
 
 
+async def stop_on_signals() -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            stop.begin(5 if stop.begun else 30)
+
+
 async def main() -> None:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve_gracefully, partial(trio.serve_tcp, serve_lines, 1729), stop)
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            await anext(signals)
-        stop.begin()
+        nursery.start_soon(stop_on_signals)
+        await serve_gracefully(partial(trio.serve_tcp, serve_lines, 1729), stop)
+        nursery.cancel_scope.cancel()  # This ends `stop_on_signals`.
 
 
 trio.run(main)

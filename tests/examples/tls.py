@@ -15,6 +15,12 @@ from trio_server import Shutdown, hello_world, serve_connection, serve_gracefull
 stop = Shutdown()
 
 
+async def stop_on_signals() -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            stop.begin(5 if stop.begun else 30)
+
+
 async def main() -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(sys.argv[1])
@@ -22,10 +28,9 @@ async def main() -> None:
     handler = partial(serve_connection, respond=respond, shutdown=stop)
     server = partial(trio.serve_ssl_over_tcp, handler, 1729, context)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve_gracefully, server, stop)
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            await anext(signals)
-        stop.begin()
+        nursery.start_soon(stop_on_signals)
+        await serve_gracefully(server, stop)
+        nursery.cancel_scope.cancel()  # This ends `stop_on_signals`.
 
 
 trio.run(main)

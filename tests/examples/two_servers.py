@@ -18,16 +18,16 @@ async def admin(stream: trio.SocketStream) -> None:
             await stream.send_all(b"stopping\n")
 
 
-async def stop_on_signal() -> None:
+async def stop_on_signals() -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        await anext(signals)
-    stop.begin()
+        async for _ in signals:
+            stop.begin(5 if stop.begun else 30)
 
 
 async def main() -> None:
     handler = partial(serve_connection, respond=hello_world, shutdown=stop)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop_on_signal)
+        nursery.start_soon(stop_on_signals)
         async with trio.open_nursery() as servers:
             await servers.start(serve_gracefully, partial(trio.serve_tcp, handler, 1729), stop)
             # The port is ours now, so if the path exists, a server that was killed left it.
@@ -38,7 +38,7 @@ async def main() -> None:
             local = partial(trio.serve_listeners, admin, [trio.SocketListener(unix)])
             await servers.start(serve_gracefully, local, stop)
         await ADMIN.unlink()  # Trio does not remove it.
-        nursery.cancel_scope.cancel()  # `stop_on_signal` may still be waiting.
+        nursery.cancel_scope.cancel()
 
 
 trio.run(main)
