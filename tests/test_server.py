@@ -874,7 +874,7 @@ async def test_when_accepting_fails_what_is_in_flight_is_answered_before_the_err
     for client in clients:
         assert await client.receive_some() == REPLY
     assert server.account.outcomes == {Outcome.ANSWERED: 2}
-    assert caplog.messages == [f"accepting failed, so the server shuts down: {error!r}"]
+    assert caplog.messages == [f"accepting failed, shutting down: {error!r}"]
     assert good.closed
     assert server.shutdown.begun
 
@@ -914,7 +914,7 @@ async def test_an_error_of_a_server_that_is_cancelled_is_logged(
         await server.start(nursery, Broken())
         await wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
-    assert caplog.messages == ["accepting failed, so the server shuts down: ValueError('boom')"]
+    assert caplog.messages == ["accepting failed, shutting down: ValueError('boom')"]
 
 
 async def test_an_error_that_comes_with_the_end_of_the_grace_period_is_raised_plain(

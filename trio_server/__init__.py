@@ -4,7 +4,7 @@
 * `serve_connection` is a handler for one request and one reply. It calls a responder: an async
   function that turns a request into a reply, such as `hello_world`. Write
   ``partial(serve_connection, respond=hello_world, shutdown=stop)``.
-* `Account` records each connection as an `Exchange`, and counts how they ended (`Outcome`).
+* `Account` records each connection as an `Exchange`, and counts each `Outcome`.
 
 This echo server stops gracefully on SIGTERM or Ctrl-C::
 
@@ -15,7 +15,7 @@ This echo server stops gracefully on SIGTERM or Ctrl-C::
     stop = Shutdown()
 
     async def receive(stream):
-        with stop.move_on_after(30):  # Seconds. A shutdown leaves 1 at most.
+        with stop.move_on_after(30):  # Seconds. In a shutdown, 1 at most.
             return await stream.receive_some()
         return b""  # The time is up.
 

@@ -36,7 +36,7 @@ def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.s
     accepted: list[socket.socket] = []
     if any_waiting([listener]):  # A cheap check: an `accept` that fails costs ten times as much.
         with (
-            suppress(OSError),  # The queue is empty. Or Trio's next `accept` handles the error.
+            suppress(OSError),  # The queue is empty, or Trio's next `accept` handles the error.
             socket.fromfd(listener.fileno(), listener.family, listener.type) as duplicate,
         ):
             duplicate.settimeout(0)  # whatever `socket.setdefaulttimeout` says

@@ -36,7 +36,7 @@ class Exchange:
 
     @property
     def in_flight(self) -> bool:
-        """Whether there is a request that is neither answered nor failed yet."""
+        """Whether there is a request that has not been answered or failed yet."""
         return bool(self.request) and self.outcome is Outcome.CUT_OFF
 
     @property

@@ -29,7 +29,7 @@ async def serve_connection(
     """Serve one client: receive a request, respond, send the reply, drain, close.
 
     Args:
-        stream: The client's stream: TCP, TLS, a Unix socket or in memory. It is closed before this
+        stream: The client's stream: TCP, TLS, Unix socket or memory. It is closed before this
             returns. Over TLS, a client that is still sending may lose the reply.
         respond: Async function that turns a request into a reply, both `bytes`. It has no time
             limit. The request is what a single `receive_some` returned: 1 to 1,024 bytes, perhaps
@@ -66,7 +66,7 @@ async def serve_connection(
             if error.__cause__:
                 error.__cause__.__traceback__ = None
         finally:
-            # Cancelled before a request was read. If none has arrived either, nothing was cut off.
+            # Cancelled before a request was read. If none had even arrived, nothing was cut off.
             if exchange.outcome is Outcome.CUT_OFF and not exchange.request:
                 is_socket = isinstance(transport, trio.SocketStream)
                 if is_socket and not any_waiting([transport.socket]):
@@ -98,7 +98,7 @@ async def _answer(
             # destroy it. So read until the client has closed, too (RFC 9112, section 9.6).
             await stream.send_eof()
             # Let other tasks run once. On a busy server, most clients have closed by then, so the
-            # read below need not wait. With 10,000 clients, the p99 is a quarter shorter.
+            # read below need not wait. With 10,000 clients, the p99 latency is 25 % lower.
             await trio.lowlevel.checkpoint()
             received: object = True
             while received:

@@ -1,4 +1,4 @@
-"""Start the handlers fast, and do not let the failure of one end the server."""
+"""Start the handlers fast, and keep the server running if one fails."""
 
 import logging
 import math
@@ -36,7 +36,7 @@ class HandlerStarter:
 
         A client that finds the queue full tries again after a second. So accepting comes first,
         and 10,000 clients at once do not fill the queue. Trio documents the arguments
-        ``handler, stream``. What it passes is: a function of its own, the stream, the handler.
+        ``handler, stream``. In fact it passes a function of its own, the stream, the handler.
         """
         handler = args[0] if args else run
         self.last_accept = trio.current_time()

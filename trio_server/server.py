@@ -39,7 +39,7 @@ async def serve_gracefully(
         shutdown: Ends the server: the connections in the accept queue are accepted, and the
             listeners are closed. The handlers may run until the grace period ends.
         shared: Whether other processes accept from the same listeners (systemd, fork). If true,
-            they get their share of the connections, and at a shutdown those in the accept queue.
+            they get their share of the connections, and at a shutdown, all that are queued.
             If it is false by mistake, a shutdown makes the kernel drop their new clients, too.
         task_status: ``await nursery.start(serve_gracefully, …)`` returns the listeners, or ``[]``
             if the shutdown began first.
@@ -79,8 +79,8 @@ async def serve_gracefully(
             except* Exception as group:  # noqa: BLE001 - it is raised below
                 failure = unwrapped(group)
                 if starter.listeners:
-                    logger.error("accepting failed, so the server shuts down: %r", failure)  # noqa: TRY400 - raised below
-                    if not shutdown.begun:  # Its 30 s could shorten the grace period.
+                    logger.error("accepting failed, shutting down: %r", failure)  # noqa: TRY400 - raised below
+                    if not shutdown.begun:  # `begin` could shorten the grace period.
                         shutdown.begin()
     if starter.cancelled:
         logger.warning("handlers cancelled by the shutdown: %d", starter.cancelled)
@@ -113,8 +113,8 @@ async def _stop_accepting(starter: HandlerStarter, accept_loops: trio.CancelScop
     sockets = [one.socket for one in transports if isinstance(one, trio.SocketListener)]
     if not starter.shared:
         filtered = [ignore_new_connections(one) for one in sockets]
-        # The filter lets a handshake that has begun go on. So if a client arrived within the last
-        # second, wait for others.
+        # The filter lets handshakes in progress finish. If a client arrived within the last second,
+        # wait for them.
         if trio.current_time() < starter.last_accept + 1 or any_waiting(sockets):
             await trio.sleep(HANDSHAKE_TIME)
         # Where there is a filter, the queue can only shrink.
@@ -122,8 +122,8 @@ async def _stop_accepting(starter: HandlerStarter, accept_loops: trio.CancelScop
             while any_waiting(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`
                 await trio.sleep(POLL_INTERVAL)
     # No `await` between the last check and the close, so no connection can slip in. An accept loop
-    # that was about to run finds its socket closed: `ClosedResourceError`. As it is cancelled, the
-    # checkpoint in `SocketListener.aclose` replaces this error by `Cancelled`.
+    # that was about to run finds its socket closed: `ClosedResourceError`. It is cancelled, so the
+    # checkpoint in `SocketListener.aclose` replaces this error with `Cancelled`.
     accept_loops.cancel()
     for one in sockets:
         one.close()

@@ -22,7 +22,7 @@ class Shutdown:
         self._idle_time = idle_time
         self._begun = trio.Event()
         self._grace_ends = math.inf
-        # The seconds that each scope may last after `begin`. The references are weak, so a scope
+        # How many seconds each scope may last after `begin`. The references are weak, so a scope
         # that has ended drops out.
         self._scopes: WeakKeyDictionary[trio.CancelScope, float] = WeakKeyDictionary()
 
@@ -49,8 +49,8 @@ class Shutdown:
         Call this in Trio's thread while Trio runs. Elsewhere it raises `RuntimeError`. A thread
         that Trio has started can call ``trio.from_thread.run_sync(stop.begin)``. For any other
         thread, take a ``token`` from `trio.lowlevel.current_trio_token` in Trio's thread first.
-        The other thread can then call ``token.run_sync_soon(stop.begin)``. A handler of
-        `signal.signal` must do the same, because it may run at any time.
+        The other thread can then call ``token.run_sync_soon(stop.begin)``. A
+        `signal.signal` handler must do the same, because it may run at any time.
         `trio.open_signal_receiver` is simpler.
         """
         check_seconds("grace_period", grace_period)
@@ -82,7 +82,7 @@ class Shutdown:
         return self._scope(seconds, self._idle_time)
 
     def grace_scope(self) -> trio.CancelScope:
-        """Return a scope that the end of the grace period cancels, as in `serve_gracefully`."""
+        """Return a scope that is cancelled when the grace period ends, as in `serve_gracefully`."""
         return self._scope(math.inf, math.inf)
 
     def _scope(self, seconds: float, after_begin: float) -> trio.CancelScope:

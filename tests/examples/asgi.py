@@ -7,7 +7,7 @@ What a client gets when the server receives SIGTERM:
   sends no further request.
 * A reply that has begun cannot have this field. If such a reply lasts for more than 2 seconds
   after the signal, the next request on its connection is lost. That request may also delay the
-  end by up to 30 seconds.
+  exit by up to 30 seconds.
 * An idle keep-alive client is disconnected after 2 seconds.
 * A WebSocket client receives a close frame with the code 1001 ("going away").
 

@@ -11,7 +11,7 @@ stop = Shutdown()
 
 
 async def receive(stream: trio.SocketStream) -> bytes:
-    with stop.move_on_after(30):  # Seconds. A shutdown leaves 1 at most.
+    with stop.move_on_after(30):  # Seconds. In a shutdown, 1 at most.
         return await stream.receive_some()
     return b""  # The time is up.
 

@@ -1,4 +1,4 @@
-"""A TLS server. On a shutdown, it also answers the clients that wait in the accept queue.
+"""A TLS server. On a shutdown, it also answers the clients waiting in the accept queue.
 
 Its first argument is a file with a certificate and its private key.
 """

@@ -29,7 +29,7 @@ def notify(state: str) -> None:
     If there is none, or it does not read, the message is dropped.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
-    if address.startswith("@"):  # An abstract address of Linux begins with a zero byte.
+    if address.startswith("@"):  # An abstract Linux address begins with a zero byte.
         address = "\0" + address[1:]
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.settimeout(0)

@@ -18,7 +18,7 @@ LONGEST = 1_000_000  # seconds, 11 days
 NUMBERS = (  # option, type, least, most, default, meaning
     ("port", int, 0, 65_535, PORT, "port to listen on; with 0 the kernel chooses one"),
     ("delay", float, 0, LONGEST, DELAY, "simulated work for each request"),
-    ("client-timeout", float, 0.001, LONGEST, CLIENT_TIMEOUT, "limit for request, then for reply"),
+    ("client-timeout", float, 0.001, LONGEST, CLIENT_TIMEOUT, "limit for request and reply, each"),
     ("grace-period", float, 0, LONGEST, GRACE_PERIOD, "limit for requests after a stop signal"),
     ("max-concurrent", int, 1, 1_000_000, math.inf, "at most this many requests at a time"),
 )
@@ -26,7 +26,7 @@ NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # on this machine: 
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the options; end the process with status 2 after wrong usage."""
+    """Return the options; end the process with status 2 on a usage error."""
     parser = argparse.ArgumentParser(
         prog="trio-server",
         description="Answer each TCP connection with an HTTP 200 and `Hello World!`.",

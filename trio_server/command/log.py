@@ -87,7 +87,7 @@ def write_all(descriptor: int, text: str, patience: float | None = None) -> None
 
 @lru_cache(maxsize=1)
 def format_time(second: int) -> str:
-    """Return a time as the log shows it. All lines of a second share one call."""
+    """Return a time as the log shows it. All lines in a second share one call."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
