@@ -37,7 +37,7 @@ from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 from trio_server import Outcome, Shutdown, hello_world, serve_connection, serve_gracefully
 from trio_server import handlers as handlers_module
 from trio_server import server as server_module
-from trio_server.accept_queue import accept_waiting, any_waiting
+from trio_server.accept_queue import accept_waiting, any_readable
 from trio_server.handlers import BATCH, HandlerStarter
 from trio_server.responder import REPLY
 from trio_server.server import EMPTYING_TIME, HANDSHAKE_TIME
@@ -240,7 +240,7 @@ async def serve_queued(nursery: trio.Nursery, number: int, *, shared: bool = Fal
     left_waiting = []
 
     async def handler(_: trio.SocketStream) -> None:
-        left_waiting.append(any_waiting([server.listeners[0].socket]))
+        left_waiting.append(any_readable([server.listeners[0].socket]))
 
     server = Server(handler=handler, shared=shared)
     await server.start(nursery)
@@ -255,7 +255,7 @@ async def test_all_in_the_accept_queue_are_accepted_before_the_first_handler_sta
     assert not any(await serve_queued(nursery, 3 * BATCH))
 
 
-async def test_with_too_many_waiting_for_a_handler_the_rest_stays_in_the_accept_queue(
+async def test_with_too_many_readable_for_a_handler_the_rest_stays_in_the_accept_queue(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rooms: list[int] = []
@@ -647,12 +647,12 @@ async def test_listeners_are_closed_in_the_step_in_which_their_queues_are_found_
             refused.append(True)
 
     def check(sockets: list[trio.socket.SocketType]) -> bool:
-        waiting = any_waiting(sockets)
+        waiting = any_readable(sockets)
         if not waiting:
             trio.lowlevel.add_instrument(AfterThisStep())
         return waiting
 
-    monkeypatch.setattr(server_module, "any_waiting", check)
+    monkeypatch.setattr(server_module, "any_readable", check)
     with queued(address, 1, b"hi") as clients:
         server.shutdown.begin()
         assert await replies_of(clients) == [REPLY]
@@ -702,7 +702,7 @@ async def test_without_a_filter_the_queue_is_emptied_for_a_limited_time(
     before = trio.current_time()
     # A task that is blocked keeps the clock from running: the queue has clients for 5 s.
     monkeypatch.setattr(server_module, "ignore_new_connections", lambda _: filtered)
-    monkeypatch.setattr(server_module, "any_waiting", lambda _: trio.current_time() < before + 5)
+    monkeypatch.setattr(server_module, "any_readable", lambda _: trio.current_time() < before + 5)
     monkeypatch.setattr(server_module, "POLL_INTERVAL", 0.5)
     server.shutdown.begin()
     await trio.sleep(10)

@@ -34,9 +34,9 @@ def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.s
     because making streams takes so long that the queue could fill meanwhile.
     """
     accepted: list[socket.socket] = []
-    if any_waiting([listener]):  # A cheap check: an `accept` that fails costs ten times as much.
+    if any_readable([listener]):  # A cheap check: an `accept` that fails costs ten times as much.
         with (
-            suppress(OSError),  # The queue is empty, or Trio's next `accept` handles the error.
+            suppress(OSError),  # The queue is empty. Other errors come again in Trio's `accept`.
             socket.fromfd(listener.fileno(), listener.family, listener.type) as duplicate,
         ):
             duplicate.settimeout(0)  # whatever `socket.setdefaulttimeout` says
@@ -45,7 +45,7 @@ def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.s
     return accepted
 
 
-def any_waiting(sockets: Iterable[trio.socket.SocketType]) -> bool:
+def any_readable(sockets: Iterable[trio.socket.SocketType]) -> bool:
     """Return whether any socket is readable. A listener is readable if a connection waits."""
     poll = select.poll()
     for one in sockets:

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import trio
 
-from trio_server.accept_queue import any_waiting
+from trio_server.accept_queue import any_readable
 from trio_server.account import Account, Exchange, Outcome
 from trio_server.shutdown import Shutdown, check_seconds
 
@@ -66,10 +66,10 @@ async def serve_connection(
             if error.__cause__:
                 error.__cause__.__traceback__ = None
         finally:
-            # Cancelled before a request was read. If none had even arrived, nothing was cut off.
+            # Cancelled before a request was read. Without unread bytes, nothing was cut off.
             if exchange.outcome is Outcome.CUT_OFF and not exchange.request:
                 is_socket = isinstance(transport, trio.SocketStream)
-                if is_socket and not any_waiting([transport.socket]):
+                if is_socket and not any_readable([transport.socket]):
                     exchange.outcome = Outcome.SENT_NOTHING
             account.end(exchange)
     return exchange.outcome
@@ -82,10 +82,10 @@ async def _answer(
     try:
         # This accepts any bytes-like object. A `str` or `None` raises `TypeError`.
         reply = memoryview(await respond(exchange.request)).cast("B")
-    except* Exception as group:
+    except* Exception as group:  # It is a group if the responder has opened a nursery.
         exchange.outcome = Outcome.FAILED
         logger.error("%s: the responder failed", exchange.peer, exc_info=unwrapped(group))  # noqa: TRY400
-    if exchange.outcome is Outcome.FAILED:
+    if exchange.outcome is Outcome.FAILED:  # Python allows no `return` in `except*`.
         return
     latest = trio.current_time() + client_timeout
     with trio.CancelScope(deadline=latest) as limit:
@@ -98,7 +98,7 @@ async def _answer(
             # destroy it. So read until the client has closed, too (RFC 9112, section 9.6).
             await stream.send_eof()
             # Let other tasks run once. On a busy server, most clients have closed by then, so the
-            # read below need not wait. With 10,000 clients, the p99 latency is 25 % lower.
+            # read below need not wait. With 10,000 clients, the slowest 1 % wait 25 % less.
             await trio.lowlevel.checkpoint()
             received: object = True
             while received:

@@ -35,8 +35,8 @@ class HandlerStarter:
         """Accept all connections in the accept queue, then start the handlers in batches.
 
         A client that finds the queue full tries again after a second. So accepting comes first,
-        and 10,000 clients at once do not fill the queue. Trio documents the arguments
-        ``handler, stream``. In fact it passes a function of its own, the stream, the handler.
+        and 10,000 clients at once do not fill the queue. As documented, Trio calls
+        ``start_soon(handler, stream)``. In fact, it is ``start_soon(trios_own, stream, handler)``.
         """
         handler = args[0] if args else run
         self.last_accept = trio.current_time()
@@ -60,8 +60,8 @@ class HandlerStarter:
             self.nursery.start_soon(self._start_next_batch, handler)
 
     async def _start_next_batch(self, handler: Handler) -> None:
-        # The server accepts again before this runs. A cancellation acts only at a checkpoint, and
-        # this has none. So it always runs, and each connection gets a `_run_handler`.
+        # The server accepts again before this runs. This has no checkpoint, so a cancellation
+        # cannot stop it. So each connection gets a `_run_handler`, which closes it.
         self._start_batch(handler)
 
     async def _run_handler(self, handler: Handler, stream: trio.abc.AsyncResource) -> None:
@@ -77,6 +77,6 @@ class HandlerStarter:
         except* trio.Cancelled:
             self.cancelled += 1
             raise
-        finally:  # Skip the socket that the handler has closed: this saves 30 microseconds.
+        finally:  # Unless the handler has closed it: closing it again would cost 30 microseconds.
             if not isinstance(transport, trio.SocketStream) or transport.socket.fileno() >= 0:
                 await trio.aclose_forcefully(stream)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import trio
 
-from trio_server.accept_queue import any_waiting, ignore_new_connections
+from trio_server.accept_queue import any_readable, ignore_new_connections
 from trio_server.connection import unwrapped
 from trio_server.handlers import HandlerStarter
 from trio_server.shutdown import Shutdown
@@ -40,20 +40,21 @@ async def serve_gracefully(
             listeners are closed. The handlers may run until the grace period ends.
         shared: Whether other processes accept from the same listeners (systemd, fork). If true,
             they get their share of the connections, and at a shutdown, all that are queued.
-            If it is false by mistake, a shutdown makes the kernel drop their new clients, too.
+            If this is false by mistake, a shutdown makes the kernel drop their new clients, too.
         task_status: ``await nursery.start(serve_gracefully, …)`` returns the listeners, or ``[]``
             if the shutdown began first.
 
     An `Exception` that a handler raises is logged to the logger ``trio_server``. It ends the
     connection, not the server. A `trio.BrokenResourceError` gets one line at INFO, because clients
-    may reset their connections. If it can come from another stream, catch it yourself. A handler
-    that is shielded from cancellation has no time limit.
+    may reset their connections. If a handler uses other
+    streams, too, catch their errors there. A handler that is shielded from cancellation has no
+    time limit.
 
     Two kinds of handlers may use up the whole grace period. The first kind waits for its client
-    without `Shutdown.move_on_after`. If you cannot change it, await `Shutdown.wait`, sleep for
-    2 s, and then tell it to finish. Told earlier, it would close connections that were just
-    accepted. The second kind has a client that keeps sending. End its loop when `Shutdown.begun`
-    is true.
+    without `Shutdown.move_on_after`. If you cannot change it, start a task that awaits
+    `Shutdown.wait`, sleeps for 2 s, and then tells it to finish. Told earlier, it would close
+    connections that were just accepted. The second kind has a client that keeps sending. End its
+    loop when `Shutdown.begun` is true.
 
     If this function is cancelled, the handlers are cancelled at once.
 
@@ -65,7 +66,7 @@ async def serve_gracefully(
         OSError: The server could not start: its port is taken, for example. If accepting fails
             later, the shutdown begins, and this is raised when the handlers have ended.
     """
-    try:
+    try:  # For a clear message: are these its open arguments?
         inspect.signature(server).bind(handler_nursery=None, task_status=None)
     except (TypeError, ValueError) as error:
         example = "partial(trio.serve_tcp, handler, 1729)"
@@ -80,7 +81,7 @@ async def serve_gracefully(
                 failure = unwrapped(group)
                 if starter.listeners:
                     logger.error("accepting failed, shutting down: %r", failure)  # noqa: TRY400 - raised below
-                    if not shutdown.begun:  # `begin` could shorten the grace period.
+                    if not shutdown.begun:  # Another call could shorten the grace period.
                         shutdown.begin()
     if starter.cancelled:
         logger.warning("handlers cancelled by the shutdown: %d", starter.cancelled)
@@ -113,17 +114,17 @@ async def _stop_accepting(starter: HandlerStarter, accept_loops: trio.CancelScop
     sockets = [one.socket for one in transports if isinstance(one, trio.SocketListener)]
     if not starter.shared:
         filtered = [ignore_new_connections(one) for one in sockets]
-        # The filter lets handshakes in progress finish. If a client arrived within the last second,
-        # wait for them.
-        if trio.current_time() < starter.last_accept + 1 or any_waiting(sockets):
+        # The filter lets handshakes in progress finish. If a client arrived within a second, wait
+        # for them.
+        if trio.current_time() < starter.last_accept + 1 or any_readable(sockets):
             await trio.sleep(HANDSHAKE_TIME)
         # Where there is a filter, the queue can only shrink.
         with trio.move_on_after(math.inf if all(filtered) else EMPTYING_TIME):
-            while any_waiting(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`
+            while any_readable(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`
                 await trio.sleep(POLL_INTERVAL)
     # No `await` between the last check and the close, so no connection can slip in. An accept loop
-    # that was about to run finds its socket closed: `ClosedResourceError`. It is cancelled, so the
-    # checkpoint in `SocketListener.aclose` replaces this error with `Cancelled`.
+    # that was about to run raises `ClosedResourceError`. But it is cancelled, and Trio then calls
+    # `SocketListener.aclose`, which is a checkpoint. So `Cancelled` replaces the error.
     accept_loops.cancel()
     for one in sockets:
         one.close()

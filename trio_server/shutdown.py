@@ -50,7 +50,7 @@ class Shutdown:
         that Trio has started can call ``trio.from_thread.run_sync(stop.begin)``. For any other
         thread, take a ``token`` from `trio.lowlevel.current_trio_token` in Trio's thread first.
         The other thread can then call ``token.run_sync_soon(stop.begin)``. A
-        `signal.signal` handler must do the same, because it may run at any time.
+        function given to `signal.signal` must do the same, because it may run at any time.
         `trio.open_signal_receiver` is simpler.
         """
         check_seconds("grace_period", grace_period)
@@ -66,7 +66,7 @@ class Shutdown:
         self._begun.set()
         for scope, after_begin in self._scopes.items():
             if getattr(scope, "is_relative", False):
-                # Its block has not begun. From Trio 0.27 on, it has no absolute deadline yet.
+                # Not entered yet. From Trio 0.27 on, its deadline is then a number of seconds.
                 scope.relative_deadline = min(scope.relative_deadline, after_begin, grace_period)
             else:
                 scope.deadline = min(scope.deadline, now + after_begin, self._grace_ends)
@@ -82,7 +82,7 @@ class Shutdown:
         return self._scope(seconds, self._idle_time)
 
     def grace_scope(self) -> trio.CancelScope:
-        """Return a scope that is cancelled when the grace period ends, as in `serve_gracefully`."""
+        """Return a scope that is cancelled when the grace period ends."""
         return self._scope(math.inf, math.inf)
 
     def _scope(self, seconds: float, after_begin: float) -> trio.CancelScope:
