@@ -13,7 +13,7 @@ from trio_server.accept_queue import (
     INSTRUCTIONS,
     SO_ATTACH_FILTER,
     accept_waiting,
-    any_readable,
+    any_waiting,
     ignore_new_connections,
 )
 
@@ -41,14 +41,14 @@ async def test_all_that_wait_are_accepted_in_order_of_arrival(
 ) -> None:
     with queued(listener.getsockname(), 100) as clients:
         assert accept(listener, 1000) == [client.getsockname() for client in clients]
-        assert not any_readable([listener])
+        assert not any_waiting([listener])
 
 
 async def test_no_more_are_accepted_than_asked_for(listener: trio.socket.SocketType) -> None:
     with queued(listener.getsockname(), 5) as clients:
         assert accept(listener, 0) == []
         assert accept(listener, 3) == [client.getsockname() for client in clients[:3]]
-        assert any_readable([listener])
+        assert any_waiting([listener])
         assert accept(listener, 3) == [client.getsockname() for client in clients[3:]]
 
 
@@ -91,15 +91,15 @@ async def test_connections_wait_in_any_of_several_queues(tmp_path: Path) -> None
     unix.listen(10)
     [tcp] = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with tcp:
-        assert not any_readable([tcp.socket, unix])
+        assert not any_waiting([tcp.socket, unix])
         with queued(unix.getsockname(), 2):
-            assert any_readable([tcp.socket, unix])
+            assert any_waiting([tcp.socket, unix])
             assert len(accept(unix, 10)) == 2
         with queued(tcp.socket.getsockname(), 1):
-            assert any_readable([tcp.socket, unix])
+            assert any_waiting([tcp.socket, unix])
         unix.close()
-    assert not any_readable([tcp.socket, unix])  # Both are closed.
-    assert not any_readable([])
+    assert not any_waiting([tcp.socket, unix])  # Both are closed.
+    assert not any_waiting([])
 
 
 @pytest.fixture(params=["127.0.0.1", "::1"])
@@ -131,7 +131,7 @@ async def test_the_packet_that_opens_a_connection_is_dropped(
         await trio.sleep(0.05)
         with pytest.raises(OSError, match="not connected"):
             client.getpeername()
-    assert not any_readable([filtered.socket])
+    assert not any_waiting([filtered.socket])
 
 
 @linux_only

@@ -32,12 +32,17 @@ from streams import (
     tls_contexts,
     until,
 )
-from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
+from trio.testing import (
+    MockClock,
+    memory_stream_pair,
+    open_stream_to_socket_listener,
+    wait_all_tasks_blocked,
+)
 
 from trio_server import Outcome, Shutdown, hello_world, serve_connection, serve_gracefully
 from trio_server import handlers as handlers_module
 from trio_server import server as server_module
-from trio_server.accept_queue import accept_waiting, any_readable
+from trio_server.accept_queue import accept_waiting, any_waiting
 from trio_server.handlers import BATCH, HandlerStarter
 from trio_server.responder import REPLY
 from trio_server.server import EMPTYING_TIME, HANDSHAKE_TIME
@@ -240,7 +245,7 @@ async def serve_queued(nursery: trio.Nursery, number: int, *, shared: bool = Fal
     left_waiting = []
 
     async def handler(_: trio.SocketStream) -> None:
-        left_waiting.append(any_readable([server.listeners[0].socket]))
+        left_waiting.append(any_waiting([server.listeners[0].socket]))
 
     server = Server(handler=handler, shared=shared)
     await server.start(nursery)
@@ -255,7 +260,7 @@ async def test_all_in_the_accept_queue_are_accepted_before_the_first_handler_sta
     assert not any(await serve_queued(nursery, 3 * BATCH))
 
 
-async def test_with_too_many_readable_for_a_handler_the_rest_stays_in_the_accept_queue(
+async def test_with_too_many_waiting_for_a_handler_the_rest_stays_in_the_accept_queue(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rooms: list[int] = []
@@ -647,12 +652,12 @@ async def test_listeners_are_closed_in_the_step_in_which_their_queues_are_found_
             refused.append(True)
 
     def check(sockets: list[trio.socket.SocketType]) -> bool:
-        waiting = any_readable(sockets)
+        waiting = any_waiting(sockets)
         if not waiting:
             trio.lowlevel.add_instrument(AfterThisStep())
         return waiting
 
-    monkeypatch.setattr(server_module, "any_readable", check)
+    monkeypatch.setattr(server_module, "any_waiting", check)
     with queued(address, 1, b"hi") as clients:
         server.shutdown.begin()
         assert await replies_of(clients) == [REPLY]
@@ -702,7 +707,7 @@ async def test_without_a_filter_the_queue_is_emptied_for_a_limited_time(
     before = trio.current_time()
     # A task that is blocked keeps the clock from running: the queue has clients for 5 s.
     monkeypatch.setattr(server_module, "ignore_new_connections", lambda _: filtered)
-    monkeypatch.setattr(server_module, "any_readable", lambda _: trio.current_time() < before + 5)
+    monkeypatch.setattr(server_module, "any_waiting", lambda _: trio.current_time() < before + 5)
     monkeypatch.setattr(server_module, "POLL_INTERVAL", 0.5)
     server.shutdown.begin()
     await trio.sleep(10)
@@ -824,6 +829,34 @@ async def test_a_client_whose_handler_starts_too_late_is_cut_off_if_it_has_sent_
         with queued(server.address, 2 * BATCH, request_):  # Half of them start after `begin`.
             await until(lambda: server.ended_at < math.inf)
     assert server.account.outcomes == {outcome: 2 * BATCH}
+
+
+async def test_a_client_that_had_closed_in_the_accept_queue_is_not_cut_off() -> None:
+    async def handler(stream: trio.SocketStream) -> None:
+        server.shutdown.begin(0)
+        await serve_connection(stream, never, account=server.account)
+
+    server = Server(handler=handler)
+    async with trio.open_nursery() as nursery:
+        await server.start(nursery)
+        socket.create_connection(server.address).close()
+        await until(lambda: server.ended_at < math.inf)
+    assert server.account.outcomes == {Outcome.SENT_NOTHING: 1}
+
+
+async def test_a_stream_that_another_task_closes_raises_the_error_of_trio() -> None:
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    client = await open_stream_to_socket_listener(listener)
+    stream = await listener.accept()
+    async with listener, client, trio.open_nursery() as nursery:
+        nursery.start_soon(close_when_blocked, stream)
+        with pytest.raises(trio.ClosedResourceError):
+            await serve_connection(stream, never)
+
+
+async def close_when_blocked(stream: trio.abc.AsyncResource) -> None:
+    await wait_all_tasks_blocked()
+    await stream.aclose()
 
 
 async def test_the_number_of_handlers_that_the_grace_period_cuts_off_is_a_warning(

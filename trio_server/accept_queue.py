@@ -34,7 +34,7 @@ def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.s
     because making streams takes so long that the queue could fill meanwhile.
     """
     accepted: list[socket.socket] = []
-    if any_readable([listener]):  # A cheap check: an `accept` that fails costs ten times as much.
+    if any_waiting([listener]):  # A cheap check: an `accept` that fails costs ten times as much.
         with (
             suppress(OSError),  # The queue is empty. Other errors come again in Trio's `accept`.
             socket.fromfd(listener.fileno(), listener.family, listener.type) as duplicate,
@@ -45,10 +45,10 @@ def accept_waiting(listener: trio.socket.SocketType, most: int) -> list[socket.s
     return accepted
 
 
-def any_readable(sockets: Iterable[trio.socket.SocketType]) -> bool:
-    """Return whether any socket is readable. A listener is readable if a connection waits."""
+def any_waiting(listeners: Iterable[trio.socket.SocketType]) -> bool:
+    """Return whether a connection is waiting in the queue of any of these listeners."""
     poll = select.poll()
-    for one in sockets:
+    for one in listeners:
         if one.fileno() >= 0:  # -1 when closed
             poll.register(one, select.POLLIN)
     return bool(poll.poll(0))

@@ -30,7 +30,7 @@ class Exchange:
     request: bytes = b""
     accepted_at: float = field(default_factory=trio.current_time)
     received_at: float = math.nan  # until a request arrives
-    outcome: Outcome = Outcome.CUT_OFF  # until something better is known
+    outcome: Outcome = Outcome.CUT_OFF  # unless it ends otherwise
     reply_size: int = 0  # bytes, once all of them are sent
     answered_at: float | None = None
 

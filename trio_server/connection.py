@@ -1,12 +1,14 @@
 """The life of one connection: receive a request, respond, send the reply, drain, close."""
 
+import fcntl
 import logging
+import sys
+import termios
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 import trio
 
-from trio_server.accept_queue import any_readable
 from trio_server.account import Account, Exchange, Outcome
 from trio_server.shutdown import Shutdown, check_seconds
 
@@ -45,7 +47,7 @@ async def serve_connection(
     """
     check_seconds("client_timeout", client_timeout)
     shutdown, account = shutdown or Shutdown(), account or Account()
-    # A TLS stream wraps a TCP stream, its transport. Closing that frees all resources.
+    # Over TLS, close only the TCP stream: that frees everything, without a TLS goodbye.
     transport: Any = getattr(stream, "transport_stream", stream)
     exchange = account.begin(peer_name(transport))
     async with transport:
@@ -61,15 +63,15 @@ async def serve_connection(
                 exchange.outcome = Outcome.TIMED_OUT if timed_out else Outcome.SENT_NOTHING
         except trio.BrokenResourceError as error:
             exchange.outcome = Outcome.WENT_AWAY
-            # On Python 3.12 and 3.13, this traceback would form a reference cycle, and keep the
-            # request in memory.
+            # On Python 3.12 and 3.13, the traceback of the cause would form a reference cycle, and
+            # keep the request in memory.
             if error.__cause__:
                 error.__cause__.__traceback__ = None
         finally:
-            # Cancelled before a request was read. Without unread bytes, nothing was cut off.
+            # Cancelled before it read a request. If none has arrived, none was cut off.
             if exchange.outcome is Outcome.CUT_OFF and not exchange.request:
                 is_socket = isinstance(transport, trio.SocketStream)
-                if is_socket and not any_readable([transport.socket]):
+                if is_socket and not unread_bytes(transport.socket):
                     exchange.outcome = Outcome.SENT_NOTHING
             account.end(exchange)
     return exchange.outcome
@@ -108,6 +110,13 @@ async def _answer(
             await stream.aclose()
     if exchange.outcome is not Outcome.ANSWERED:  # The client did not receive the reply in time.
         exchange.outcome = Outcome.TIMED_OUT
+
+
+def unread_bytes(socket: trio.socket.SocketType) -> int:
+    """Return how many bytes the kernel has received for a socket (tcp(7), ``FIONREAD``)."""
+    if socket.fileno() < 0:  # closed
+        return 0
+    return int.from_bytes(fcntl.ioctl(socket, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def unwrapped(error: Exception) -> Exception:

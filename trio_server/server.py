@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import trio
 
-from trio_server.accept_queue import any_readable, ignore_new_connections
+from trio_server.accept_queue import any_waiting, ignore_new_connections
 from trio_server.connection import unwrapped
 from trio_server.handlers import HandlerStarter
 from trio_server.shutdown import Shutdown
@@ -42,7 +42,7 @@ async def serve_gracefully(
             they get their share of the connections, and at a shutdown, all that are queued.
             If this is false by mistake, a shutdown makes the kernel drop their new clients, too.
         task_status: ``await nursery.start(serve_gracefully, …)`` returns the listeners, or ``[]``
-            if the shutdown began first.
+            if a shutdown ended the start.
 
     An `Exception` that a handler raises is logged to the logger ``trio_server``. It ends the
     connection, not the server. A `trio.BrokenResourceError` gets one line at INFO, because clients
@@ -52,9 +52,9 @@ async def serve_gracefully(
 
     Two kinds of handlers may use up the whole grace period. The first kind waits for its client
     without `Shutdown.move_on_after`. If you cannot change it, start a task that awaits
-    `Shutdown.wait`, sleeps for 2 s, and then tells it to finish. Told earlier, it would close
-    connections that were just accepted. The second kind has a client that keeps sending. End its
-    loop when `Shutdown.begun` is true.
+    `Shutdown.wait`, sleeps for 2 s, and then tells it to finish. By then, the connections in the
+    accept queue are accepted, and their requests have arrived. The second kind has a client that
+    keeps sending. End its loop when `Shutdown.begun` is true.
 
     If this function is cancelled, the handlers are cancelled at once.
 
@@ -87,7 +87,7 @@ async def serve_gracefully(
         logger.warning("handlers cancelled by the shutdown: %d", starter.cancelled)
     if failure is not None:
         raise failure
-    if not starter.listeners:  # The shutdown began before the server listened.
+    if not starter.listeners:  # A shutdown ended the start.
         task_status.started([])
 
 
@@ -100,7 +100,7 @@ async def _accept(
     """Accept connections until the shutdown begins, then close the listeners."""
     # The accept loops end before the handlers do, so they have a nursery of their own.
     async with trio.open_nursery() as accept_loops:
-        with shutdown.move_on_after(math.inf):  # A shutdown ends a slow name lookup.
+        with shutdown.move_on_after(math.inf):  # A shutdown limits it to the idle time.
             starter.listeners = await accept_loops.start(partial(server, handler_nursery=starter))
             task_status.started(starter.listeners)
         await shutdown.wait()
@@ -114,17 +114,17 @@ async def _stop_accepting(starter: HandlerStarter, accept_loops: trio.CancelScop
     sockets = [one.socket for one in transports if isinstance(one, trio.SocketListener)]
     if not starter.shared:
         filtered = [ignore_new_connections(one) for one in sockets]
-        # The filter lets handshakes in progress finish. If a client arrived within a second, wait
-        # for them.
-        if trio.current_time() < starter.last_accept + 1 or any_readable(sockets):
+        # The filter lets handshakes in progress finish. If a client arrived within the last
+        # second, others may be in one, so wait.
+        if trio.current_time() < starter.last_accept + 1 or any_waiting(sockets):
             await trio.sleep(HANDSHAKE_TIME)
         # Where there is a filter, the queue can only shrink.
         with trio.move_on_after(math.inf if all(filtered) else EMPTYING_TIME):
-            while any_readable(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`
+            while any_waiting(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`
                 await trio.sleep(POLL_INTERVAL)
     # No `await` between the last check and the close, so no connection can slip in. An accept loop
-    # that was about to run raises `ClosedResourceError`. But it is cancelled, and Trio then calls
-    # `SocketListener.aclose`, which is a checkpoint. So `Cancelled` replaces the error.
+    # that was about to run raises `ClosedResourceError`. Trio's `async with listener` then calls
+    # `aclose`, whose checkpoint raises `Cancelled` instead.
     accept_loops.cancel()
     for one in sockets:
         one.close()
