@@ -13,7 +13,7 @@ import trio
 from trio_server.accept_queue import accept_waiting
 from trio_server.connection import peer_name, unwrapped
 
-BATCH = 64  # handlers that start before the server accepts again
+BATCH = 64  # handlers that start at a time; between batches, the server accepts again
 MOST_ACCEPTED = 10_000  # connections that wait for their handler to start
 
 Handler: TypeAlias = Callable[[Any], Awaitable[object]]
@@ -35,8 +35,9 @@ class HandlerStarter:
         """Accept all connections in the accept queue, then start the handlers in batches.
 
         A client that finds the queue full tries again after a second. So accepting comes first,
-        and 10,000 clients at once do not fill the queue. As documented, Trio calls
-        ``start_soon(handler, stream)``. In fact, it is ``start_soon(trios_own, stream, handler)``.
+        and 10,000 clients at once do not fill the queue. Trio's documentation
+        promises ``start_soon(handler, stream)``. Today's Trio passes a wrapper of its own first,
+        and the handler last. Both forms work here.
         """
         handler = args[0] if args else run
         self.last_accept = trio.current_time()
@@ -60,8 +61,8 @@ class HandlerStarter:
             self.nursery.start_soon(self._start_next_batch, handler)
 
     async def _start_next_batch(self, handler: Handler) -> None:
-        # The server accepts again before this runs. This has no checkpoint, so a cancellation
-        # cannot stop it. So each connection gets a `_run_handler`, which closes it.
+        # There is no checkpoint here. So even in a cancelled nursery, each connection gets its
+        # `_run_handler`, and that closes it.
         self._start_batch(handler)
 
     async def _run_handler(self, handler: Handler, stream: trio.abc.AsyncResource) -> None:

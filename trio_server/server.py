@@ -100,7 +100,8 @@ async def _accept(
     """Accept connections until the shutdown begins, then close the listeners."""
     # The accept loops end before the handlers do, so they have a nursery of their own.
     async with trio.open_nursery() as accept_loops:
-        with shutdown.move_on_after(math.inf):  # A shutdown limits it to the idle time.
+        # Starting has no time limit. But once a shutdown begins, only the idle time is left.
+        with shutdown.move_on_after(math.inf):
             starter.listeners = await accept_loops.start(partial(server, handler_nursery=starter))
             task_status.started(starter.listeners)
         await shutdown.wait()
@@ -123,8 +124,8 @@ async def _stop_accepting(starter: HandlerStarter, accept_loops: trio.CancelScop
             while any_waiting(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`
                 await trio.sleep(POLL_INTERVAL)
     # No `await` between the last check and the close, so no connection can slip in. An accept loop
-    # that was about to run raises `ClosedResourceError`. Trio's `async with listener` then calls
-    # `aclose`, whose checkpoint raises `Cancelled` instead.
+    # that was about to run finds its listener closed: `ClosedResourceError`. But this error does
+    # not get out: Trio then calls `SocketListener.aclose`, and its checkpoint raises `Cancelled`.
     accept_loops.cancel()
     for one in sockets:
         one.close()
