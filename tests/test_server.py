@@ -813,17 +813,24 @@ async def test_a_forced_stop_counts_each_client_that_had_sent_its_request_as_cut
     assert caplog.messages == ["handlers cancelled by the shutdown: 100"]
 
 
+def stopped_by_its_first_client() -> Server:
+    """Return a server that is stopped at once when a handler starts."""
+
+    async def handler(stream: trio.SocketStream) -> None:
+        server.shutdown.begin(0)
+        await serve_connection(stream, never, account=server.account)
+
+    server = Server(handler=handler)
+    return server
+
+
 @pytest.mark.parametrize(
     ("request_", "outcome"), [(b"hi", Outcome.CUT_OFF), (b"", Outcome.SENT_NOTHING)]
 )
 async def test_a_client_whose_handler_starts_too_late_is_cut_off_if_it_has_sent_a_request(
     request_: bytes, outcome: Outcome
 ) -> None:
-    async def handler(stream: trio.SocketStream) -> None:
-        server.shutdown.begin(0)
-        await serve_connection(stream, never, account=server.account)
-
-    server = Server(handler=handler)
+    server = stopped_by_its_first_client()
     async with trio.open_nursery() as nursery:
         await server.start(nursery)
         with queued(server.address, 2 * BATCH, request_):  # Half of them start after `begin`.
@@ -832,11 +839,7 @@ async def test_a_client_whose_handler_starts_too_late_is_cut_off_if_it_has_sent_
 
 
 async def test_a_client_that_had_closed_in_the_accept_queue_is_not_cut_off() -> None:
-    async def handler(stream: trio.SocketStream) -> None:
-        server.shutdown.begin(0)
-        await serve_connection(stream, never, account=server.account)
-
-    server = Server(handler=handler)
+    server = stopped_by_its_first_client()
     async with trio.open_nursery() as nursery:
         await server.start(nursery)
         socket.create_connection(server.address).close()
