@@ -970,7 +970,10 @@ async def test_an_error_that_comes_with_the_end_of_the_grace_period_is_raised_pl
         nursery.start_soon(begin_when_blocked, shutdown)
         with pytest.raises(OSError, match="boom"):
             await serve_gracefully(partial(trio.serve_listeners, work, [broken]), shutdown)
-    assert caplog.messages[1:] == ["handlers cancelled by the shutdown: 1"]
+    assert caplog.messages == [
+        "accepting failed, shutting down: OSError('boom')",
+        "handlers cancelled by the shutdown: 1",
+    ]
     await client.aclose()
 
 

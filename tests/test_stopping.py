@@ -109,13 +109,13 @@ def test_each_stop_signal_lets_requests_finish_and_disconnects_a_silent_client(
         for signum in signums:
             process.kill(signum)
         process.thaw()
-    for process, signums in zip(processes, at_once, strict=True):
+    for process in processes:
+        process.wait_for_log(": shutting down")
+    release.now()
+    for process, [*requests, silent], signums in zip(processes, clients, at_once, strict=True):
         # Of two signals at once, two threads may handle one each, in any order.
         names = "|".join(one.name for one in signums)
-        begun = partial(re.search, f"INFO ({names}): shutting down")
-        process.wait_until(lambda: bool(begun(process.stderr)))  # noqa: B023 - called here
-    release.now()
-    for process, [*requests, silent] in zip(processes, clients, strict=True):
+        assert re.search(f"INFO ({names}): shutting down", process.stderr)
         for client in requests:
             assert receive_all(client) == REPLY
             client.close()

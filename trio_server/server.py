@@ -46,9 +46,8 @@ async def serve_gracefully(
 
     An `Exception` that a handler raises is logged to the logger ``trio_server``. It ends the
     connection, not the server. A `trio.BrokenResourceError` gets one line at INFO, because clients
-    may reset their connections. If a handler uses other
-    streams, too, catch their errors there. A handler that is shielded from cancellation has no
-    time limit.
+    may reset their connections. If a handler uses other streams, too, catch their errors there. A
+    handler that is shielded from cancellation has no time limit.
 
     Two kinds of handlers may use up the whole grace period. The first kind waits for its client
     without `Shutdown.move_on_after`. If you cannot change it, start a task that awaits
@@ -119,7 +118,7 @@ async def _stop_accepting(starter: HandlerStarter, accept_loops: trio.CancelScop
         # second, others may be in one, so wait.
         if trio.current_time() < starter.last_accept + 1 or any_waiting(sockets):
             await trio.sleep(HANDSHAKE_TIME)
-        # Where there is a filter, the queue can only shrink.
+        # Where there is a filter, no new handshake begins, so the queue becomes empty.
         with trio.move_on_after(math.inf if all(filtered) else EMPTYING_TIME):
             while any_waiting(sockets):  # noqa: ASYNC110 - the kernel sets no `trio.Event`
                 await trio.sleep(POLL_INTERVAL)

@@ -49,8 +49,8 @@ class Shutdown:
         Call this in Trio's thread while Trio runs. Elsewhere it raises `RuntimeError`. A thread
         that Trio has started can call ``trio.from_thread.run_sync(stop.begin)``. For any other
         thread, take a ``token`` from `trio.lowlevel.current_trio_token` in Trio's thread first.
-        The other thread can then call ``token.run_sync_soon(stop.begin)``. A
-        function given to `signal.signal` must do the same, because it may run at any time.
+        The other thread can then call ``token.run_sync_soon(stop.begin)``. A function given to
+        `signal.signal` must do the same, because it may run at any time. For signals,
         `trio.open_signal_receiver` is simpler.
         """
         check_seconds("grace_period", grace_period)
